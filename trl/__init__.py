@@ -1,4 +1,4 @@
-"""Fine-tune and align language models: one road from rows to loss. Public names load on first use."""
+"""Fine-tune and align language, vision-language and diffusion models. Public names are imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m trl` is the command `trl`."""
+"""`python -m trl` runs the command `trl`."""
 
 import sys
 

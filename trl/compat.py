@@ -1,10 +1,10 @@
-"""What scripts for other releases of TRL import: old paths lead to `trl`, and names without a counterpart say so.
+"""Compatibility with scripts for other releases of TRL: old import paths work, removed names raise errors with advice.
 
-from trl.trainer.utils import DataCollatorForCompletionOnlyLM       # found: the path leads to `trl`
-from trl.experimental.cpo import CPOTrainer                         # found
-from trl import BestOfNSampler                                      # ImportError: … what to do
-class Mine(DPOTrainer): def dpo_loss(…)                             # ConfigError: never called; what to do
-class Mine(DPOTrainer): def _get_num_items_in_batch(…)              # ConfigError, too: a method of `transformers.Trainer`
+from trl.trainer.utils import DataCollatorForCompletionOnlyLM       # works: the old path resolves to `trl`
+from trl.experimental.cpo import CPOTrainer                         # works
+from trl import BestOfNSampler                                      # ImportError with advice
+class Mine(DPOTrainer): def dpo_loss(…)                             # ConfigError: this method is never called
+class Mine(DPOTrainer): def _get_num_items_in_batch(…)              # ConfigError: nor is this one of `transformers.Trainer`
 """
 
 from __future__ import annotations
@@ -49,27 +49,29 @@ PATHS = (
     "trl.trainer",
     "trl.utils",
 )
-"""Packages of other releases. A name imported from one of them, or from below, is that name of `trl`."""
+"""Modules of other releases that do not exist here. Names imported from them, or their submodules, come from `trl`."""
 
 MODULES = ("_config", "_trainer", "_utils", "callbacks", "cli", "core", "judges", "utils", "profiling", "vllm_client")
-"""How names of modules in them end: `from trl.trainer import ppo_trainer` is a module, all other names are of `trl`."""
+"""Endings of submodule names: `from trl.trainer import ppo_trainer` gives a module, other names are looked up in `trl`."""
 
 METHODS = ("trl.experimental", "trl.scripts")
-"""Packages in which every name is one of a module: of a method, that is."""
+"""Packages in which every name is a submodule, one per method."""
 
 OBJECTIVE = "an algorithm of your own is a class with `advantages` and `loss`: see examples/own_algorithm.py."
 PADDING = "trainers pad and mask by themselves: leave `data_collator` out."
-REPORT = "completions go to `log_completions`, and every run writes a report with samples: see `trl report`."
-BY_REWARD = "`OnlineDPOTrainer` chooses pairs by reward functions; a judge is one that returns 1 and 0."
+REPORT = "`log_completions` logs completions, and every run writes a report with samples: see `trl report`."
+BY_REWARD = (
+    "`OnlineDPOTrainer` ranks completions by reward functions; a judge can be a reward function that returns 1 and 0."
+)
 LOSS = "Override `loss(model, batch) -> (loss, metrics)`."
 METRICS = "Return them from `loss`, or override `log(logs, start_time)`."
 ROWS = "Change the rows of the dataset, or override `encode(rows, split, name)`."
 SAMPLES = "Give an `engine`: see `trl.rollouts.engine`."
-SCORES = "Log-probabilities come from `score(model, batch)`: override `loss(model, batch) -> (loss, metrics)`."
-SIX_LINES = "it is a `transformers.TrainerCallback` of a few lines; `SyncRefModelCallback` is here."
+SCORES = "`score(model, batch)` computes log-probabilities: override `loss(model, batch) -> (loss, metrics)`."
+SIX_LINES = "write it as a `transformers.TrainerCallback` of a few lines; `SyncRefModelCallback` does exist here."
 
-SWEEP = "`trl sweep` looks for hyperparameters, with a model made anew for each trial: see docs/coming_from_trl.md."
-TOOLS = "tools are not called yet; an `engine` of your own can be given to every online trainer."
+SWEEP = "`trl sweep` searches hyperparameters, and makes a new model for each trial: see docs/coming_from_trl.md."
+TOOLS = "tool calls are not supported yet; every online trainer takes an `engine` of your own."
 
 _TOGETHER = {
     OBJECTIVE: (
@@ -97,10 +99,10 @@ _TOGETHER = {
     ),
     REPORT: "LogCompletionsCallback WeaveCallback WinRateCallback",
     "use `OnlineDPOTrainer`.": "NashMDTrainer XPOTrainer",
-    "tools are not called yet; `PPOTrainer.step` learns from what your own loop produced.": (
+    "tool calls are not supported yet; `PPOTrainer.step` trains on rollouts that your own loop produced.": (
         "TextEnvironment TextHistory"
     ),
-    "tools are not called yet.": "add_response_schema supports_tool_calling",
+    "tool calls are not supported yet.": "add_response_schema supports_tool_calling",
 }
 REMOVED = {name: advice for advice, names in _TOGETHER.items() for name in names.split()}
 REMOVED |= {
@@ -109,7 +111,7 @@ REMOVED |= {
     "ConstantLengthDataset": "use `SFTConfig(packing=True)`, or `pack_dataset`.",
     "DDPOStableDiffusionPipeline": "it is a base class: use `DefaultDDPOStableDiffusionPipeline`.",
     "DataCollatorForChatML": "`SFTTrainer` takes `messages` as they are, and `assistant_only_loss=True`.",
-    "DataCollatorForLanguageModeling": "import it from `transformers`; without a `data_collator`, trainers lay rows out by themselves.",
+    "DataCollatorForLanguageModeling": "import it from `transformers`; without a `data_collator`, trainers pad and batch rows by themselves.",
     "FDivergenceConstants": "give `f_divergence_type` and `f_alpha_divergence_coef` of `DPOConfig`.",
     "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",
     "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`, and `epsilon=0.4`, as its paper has.',
@@ -118,52 +120,52 @@ REMOVED |= {
     "PRMTrainer": "use `RewardTrainer` with rows of `prompt`, `completions`, `labels`.",
     "PreTrainedModelWrapper": "it is a base class: use `AutoModelForCausalLMWithValueHead`.",
     "VLLMClient": "set `use_vllm=True` of the configuration: see docs/scaling.md.",
-    "compute_accuracy": "`RewardTrainer` logs `accuracy` by itself.",
+    "compute_accuracy": "`RewardTrainer` logs `accuracy` already.",
     "disable_dropout_in_model": "set `disable_dropout=True` of the configuration.",
     "generate_model_card": "every trainer writes one: `trainer.create_model_card()`.",
-    "get_training_chat_template": "`assistant_only_loss=True` works with any template: none has to be patched.",
+    "get_training_chat_template": "`assistant_only_loss=True` works with any chat template, unpatched.",
     "init_zero_verbose": "set the level of Python's `logging`.",
     "is_npu_available": "import it from `transformers.utils`.",
     "is_xpu_available": "import it from `accelerate.utils`.",
-    "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights stay as they are loaded.",
+    "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights keep the dtype that they were loaded in.",
     "prepare_multimodal_messages": "rows with images are read as they are: see docs/vision.md.",
-    "truncate_dataset": "set `max_length` of the configuration: what was cut is counted and said.",
-    "unwrap_model_for_generation": "trainers gather weights for sampling by themselves; else call `trainer.accelerator.unwrap_model(model)`.",
+    "truncate_dataset": "set `max_length` of the configuration: trainers count truncated rows, and report them.",
+    "unwrap_model_for_generation": "trainers gather sharded weights for sampling by themselves; elsewhere call `trainer.accelerator.unwrap_model(model)`.",
 }
 REMOVED |= {name.replace("Trainer", "Config"): advice for name, advice in REMOVED.items() if name.endswith("Trainer")}
-"""Names that other releases have, and what to do without each."""
+"""Names of other releases that do not exist here, and what to use instead."""
 
 
 _NO_LOGITS = (
-    "logits of all tokens never exist here, but for `compute_metrics` of `SFTTrainer`; trainers of preferences and rewards give "
-    "it rewards. "
-    f"{LOSS} Metrics are averaged over the set and logged."
+    "trainers never compute the logits of all tokens at once, except for `compute_metrics` of `SFTTrainer`; trainers of preferences "
+    "and rewards pass it rewards. "
+    f"{LOSS} Metrics are averaged over the evaluation set and logged."
 )
 ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"), _NO_LOGITS)
 ARGUMENTS |= {
     "environment_factory": TOOLS,
     "judge": BY_REWARD,
     "model_init": f"give the model itself, or its name. {SWEEP}",
-    "policy": "it is `model`.",
-    "ref_policy": "the reference is the model as it is given.",
-    "reward_model": "it is one of `reward_funcs`.",
+    "policy": "use `model`.",
+    "ref_policy": "the reference is the model as it is before training.",
+    "reward_model": "give it as one of `reward_funcs`.",
     "tools": TOOLS,
 }
-"""Arguments of trainers elsewhere, and what to do without each."""
+"""Arguments of trainers in other releases, and what to use instead."""
 
 OPTIONS = {
     "generate_during_eval": REPORT,
     "local_rollout_forward_batch_size": "`max_tokens_per_micro_batch` bounds a forward pass.",
     "max_completion_length": "`max_length` bounds prompt and completion together, and `max_prompt_length` the prompt.",
     "max_target_length": "`max_length` bounds prompt and completion each, with an encoder-decoder.",
-    "num_mini_batches": "`batch_size` is a batch, `mini_batch_size` a part of it.",
+    "num_mini_batches": "set `mini_batch_size`: it divides a batch of `batch_size`.",
     "num_sample_generations": REPORT,
-    "reward_model_path": "give the trainer `reward_funcs`: names of models are among them.",
-    "sft_model_path": "give the trainer `model`: the reference is that model as it is given.",
+    "reward_model_path": "give the trainer `reward_funcs`, which may be names of models.",
+    "sft_model_path": "give the trainer `model`: the reference is that model before training.",
     "stop_token": "responses end with the model's end-of-sequence tokens; `generation_kwargs` may name others.",
     "total_episodes": "set `max_steps` or `num_train_epochs`.",
 }
-"""Options of configurations elsewhere, and what to do without each."""
+"""Options of configurations in other releases, and what to use instead."""
 
 _HOOKS = {
     LOSS: (
@@ -183,37 +185,37 @@ HOOKS = {name: advice for advice, names in _HOOKS.items() for name in names.spli
 HOOKS |= {
     "_calculate_rewards": "Give `reward_funcs`.",
     "_generate_and_score_completions": f"{SAMPLES} Advantages are computed by an algorithm: see examples/own_algorithm.py.",
-    "_get_num_items_in_batch": "What a loss weighs comes from `weights(batch)`: override that.",
-    "_prepare_input": "What a batch holds is made by `collate(items)`: override that.",
+    "_get_num_items_in_batch": "Override `weights(batch)`, which returns the weights of the losses.",
+    "_prepare_input": "Override `collate(items)`, which makes a batch.",
     "_set_signature_columns_if_needed": ROWS,
     "_tune_save_checkpoint": f"{SWEEP[0].upper()}{SWEEP[1:]}",
     "call_model_init": f"{SWEEP[0].upper()}{SWEEP[1:]}",
     "create_optimizer_and_scheduler": "Override `create_optimizer` or `create_scheduler`, or give `optimizers`.",
 }
-"""Methods that trainers of other releases, or `transformers.Trainer`, call and those of this one do not, and what to override or
-give instead. What a trainer leaves out besides is in its `uncalled`."""
+"""Methods that trainers of other releases or `transformers.Trainer` call, but those of this release do not, and what to override
+or pass instead. `uncalled` of a trainer class adds its own."""
 SAMPLER = {
     "_get_train_sampler": (
-        "Prompts are taken in a random order, or as they come with shuffle_dataset=False: order the rows of the dataset."
+        "Prompts are drawn in random order, or in that of the dataset with shuffle_dataset=False: set that, and sort the dataset."
     )
 }
-"""As `HOOKS`, of trainers that sample what they learn from."""
+"""Like `HOOKS`, for online trainers."""
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether an option or argument elsewhere was given the value that leaves it off."""
+    """True if an option or argument of another release was given a value that turns it off, so that it can be ignored."""
     return name in ARGUMENTS | OPTIONS and (value is None or (isinstance(value, int) and not value))
 
 
 def remedy(name: str, known: Iterable[str]) -> str:
-    """What to do without an option or argument, as the end of an error; for others, which of the `known` are near."""
+    """End of an error message: what to use instead of a removed option or argument; else a similar name from `known`."""
     if name not in (remedies := ARGUMENTS | OPTIONS):
         return suggest(name, known)
     return f" {remedies[name][0].upper()}{remedies[name][1:]}"
 
 
 def reject_unused_overrides(cls: type, hooks: Mapping[str, str]) -> None:
-    """Raises ConfigError for a trainer with a method of its own that nothing would call: one of `HOOKS` or `hooks`."""
+    """Raise ConfigError if a trainer class overrides a method in `HOOKS` or `hooks`, which nothing would call."""
     for name, advice in sorted((HOOKS | {**hooks}).items()):
         owner = next((base for base in cls.__mro__ if name in vars(base)), None)
         if owner is not None and not owner.__module__.startswith(("transformers.", "trl.")):
@@ -221,10 +223,10 @@ def reject_unused_overrides(cls: type, hooks: Mapping[str, str]) -> None:
 
 
 class LegacyImportFinder(MetaPathFinder, Loader):
-    """Finds the modules of `PATHS`, which have no files: their names are those of `trl`.
+    """Import hook that creates the modules of `PATHS`, whose attributes are those of `trl`.
 
-    `from package import name` asks for a module where the package has no such attribute, so a name that is not there gets
-    its words here; `hasattr` does not ask, and is False.
+    Where a package lacks an attribute, `from package import name` tries to import it as a submodule, so this finder can raise
+    an ImportError with advice. `hasattr` does not try that, and returns False.
     """
 
     def find_spec(
@@ -243,16 +245,16 @@ class LegacyImportFinder(MetaPathFinder, Loader):
 
 
 NEW = ("trl", "trl.models")
-"""Packages that are here, and in which names of other releases are looked for."""
+"""Existing packages from which scripts import names of other releases."""
 
 
 def _is_old(module: str) -> bool:
-    """Whether all that is looked for in a module is looked for by scripts of other releases."""
+    """True for modules that only scripts for other releases import from."""
     return any(module == old or module.startswith(f"{old}.") for old in (*PATHS, "trl.core"))
 
 
 def _not_here(path: str, name: str) -> str:
-    """What to do without a name of another release."""
+    """Message for a name that does not exist here: what to use instead, or the most similar name."""
     if name in REMOVED:
         return f"trl.{name} is of another release of TRL and not in this one: {REMOVED[name]}"
     known = importlib.import_module("trl").__all__
@@ -265,12 +267,12 @@ def _not_here(path: str, name: str) -> str:
 
 
 def missing(path: str, name: str) -> AttributeError:
-    """The error of a module's `__getattr__` for a name that is not there."""
+    """The AttributeError that a module's `__getattr__` raises for a missing name."""
     return AttributeError(_not_here(path, name), name=name)
 
 
 def names_for(path: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that finds names in `trl`."""
+    """Make a `__getattr__` for the module `path` that looks names up in `trl`."""
 
     def find(name: str) -> Any:
         trl = importlib.import_module("trl")

@@ -1,4 +1,4 @@
-"""Names that scripts import from `trl.core`: samplers, and small functions of tensors."""
+"""The names that existing scripts import from `trl.core`: samplers, and small tensor functions."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ __all__ = [
 
 __getattr__ = names_for("trl.core")
 __path__: list[str] = []
-"""Makes it a package, so that `from trl.core import NAME` says what to do without a name of another release."""
+"""Makes this module a package, so that `from trl.core import NAME` raises an error with advice for a removed name."""
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, gather: bool = True) -> Tensor:
-    """log-softmax of logits `[…,V]` at `labels […]`; without `gather`, of the whole vocabulary."""
+    """Log-probabilities of `labels […]` under logits `[…,V]`; without `gather`, of the whole vocabulary, `[…,V]`."""
     logprobs = torch.log_softmax(logits, dim=-1)
     return logprobs.gather(-1, labels.unsqueeze(-1)).squeeze(-1) if gather else logprobs
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """−Σ_v p_v log p_v of logits `[…,V]`."""
+    """Entropy −Σ_v p_v log p_v, `[…]` in nats, of logits `[…,V]`."""
     logprobs = torch.log_softmax(logits, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
@@ -55,22 +55,22 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` with variance 1 over the mask, and with mean 0 if `shift_mean`; zero outside the mask."""
+    """Scale `values` to variance 1 over the mask, and to mean 0 if `shift_mean`; 0 outside the mask."""
     return reduce.masked_whiten(values, mask, keep_mean=not shift_mean)
 
 
 def whiten(values: Tensor, shift_mean: bool = True) -> Tensor:
-    """`values` with variance 1, and with mean 0 if `shift_mean`."""
+    """Scale `values` to variance 1, and to mean 0 if `shift_mean`."""
     return masked_whiten(values, torch.ones_like(values), shift_mean)
 
 
 def clip_by_value(x: Tensor, tensor_min: Tensor | float, tensor_max: Tensor | float) -> Tensor:
-    """`x` within bounds that are tensors or numbers."""
+    """Clamp `x` to bounds that are tensors or numbers."""
     return torch.clamp(x, torch.as_tensor(tensor_min, device=x.device), torch.as_tensor(tensor_max, device=x.device))
 
 
 def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a/b": 1}`."""
+    """Flatten nested dicts, joining keys by `sep`: `{"a": {"b": 1}}` becomes `{"a/b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         inner = flatten_dict(value, sep) if isinstance(value, Mapping) else None
@@ -79,7 +79,7 @@ def flatten_dict(nested: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
 
 
 def stack_dicts(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Dicts of tensors as one dict of stacked flat tensors; shorter ones are padded with NaN."""
+    """Stack dicts of tensors key by key: each tensor is flattened, and padded with NaN to the longest."""
     stacked = {}
     for name in dicts[0]:
         rows = [entry[name].flatten().float() for entry in dicts]

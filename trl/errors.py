@@ -1,4 +1,4 @@
-"""Errors that say what, where and what to do."""
+"""Exception classes, and helpers that build messages saying what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 
 
 class TrlError(ValueError):
-    """Base of the errors that a user can mend: the message names the argument, column or row, and the remedy."""
+    """Base class of errors that the user can fix: the message names the argument, column or row, and the remedy."""
 
 
 class ShapeError(TrlError):
-    """A tensor has another shape than the formula is for."""
+    """A tensor whose shape is not the one that a function declares."""
 
 
 class DataError(TrlError):
-    """A dataset, row or conversation that cannot be used as it is."""
+    """A dataset, row or conversation that is malformed."""
 
 
 class RowError(DataError):
-    """A row that cannot be used: `Row 3 of 'eval' (line 4 of chats.jsonl), column 'text': …`
+    """A malformed row: `Row 3 of 'eval' (line 4 of chats.jsonl), column 'text': …`
 
-    row       counts from 0, as datasets do; the message counts from 1
-    what      how the message goes on
-    dataset   "train", "eval", …; empty while it is not known
-    place     where the row stands in a file
+    row       index of the row from 0, as in datasets; the message counts from 1
+    what      rest of the message, after row and place
+    dataset   name of the dataset: "train", "eval", …; empty if unknown
+    place     file and line of the row, if it came from a file
     """
 
     def __init__(self, row: int, what: str, dataset: str = "", place: str = "") -> None:
@@ -38,36 +38,36 @@ class RowError(DataError):
 
 
 class ConfigError(TrlError):
-    """An option that is unknown, of the wrong type, or at odds with another."""
+    """An option that is unknown, of the wrong type, or in conflict with another."""
 
 
 class ModelNotFoundError(ConfigError, OSError):
-    """A name that no model stands for, here or on the hub: an OSError too, which is what `transformers` raises."""
+    """No model of that name, as a local folder or on the hub. Also an OSError, which is what `transformers` raises."""
 
 
 class ModelError(TrlError):
-    """A model that cannot do what was asked of it."""
+    """A model that does not support what a trainer or option needs."""
 
 
 class EngineError(TrlError):
-    """A rollout engine that failed: a server that is down or answers nonsense, weights that did not arrive."""
+    """A rollout engine that failed: the server is down, its answer is invalid, or a weight update did not arrive."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'a' or 'b'?` for the known names nearest to `name`; empty when none is near."""
+    """` Did you mean 'a' or 'b'?` from the known names most similar to `name`; empty if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
 def suggest_beside(path: Path) -> str:
-    """` Did you mean 'sft.yaml'?` for a file that is not there, of what its folder holds."""
+    """` Did you mean 'sft.yaml'?` from the file names in the same folder, for a file that does not exist."""
     if not path.parent.is_dir():
         return f" There is no folder {str(path.parent)!r} either."
     return suggest(path.name, [each.name for each in path.parent.iterdir()])
 
 
 def listed(texts: Sequence[str], shown: int, separator: str = ", ") -> str:
-    """The first `shown` texts, and how many more there are."""
+    """Join the first `shown` texts; add how many more there are."""
     more = f", and {len(texts) - shown} more" if len(texts) > shown else ""
     return separator.join(texts[:shown]) + more
 

@@ -1,4 +1,4 @@
-"""What the hub's client does here that is not about the hub."""
+"""Use of the hub client's HTTP session for requests to other servers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import get_session
 
 @contextmanager
 def outside_the_hub() -> Iterator[None]:
-    """HF_HUB_OFFLINE is about the hub: within, the client's session asks other servers all the same."""
+    """Within the context, the client's session also sends requests with HF_HUB_OFFLINE=1, which is meant for the hub alone."""
     session = get_session()
     hooks = session.event_hooks
     session.event_hooks = {}

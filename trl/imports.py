@@ -1,4 +1,4 @@
-"""Optional dependencies, in one place."""
+"""Optional dependencies: which extra of `trl` installs each, and checks whether it is there."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ EXTRAS = {
 
 
 def is_available(module: str) -> bool:
-    """Whether there is a module of that name."""
+    """True if a module of that name can be imported."""
     return importlib.util.find_spec(module) is not None
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package of that name is installed, whatever its modules are called."""
+    """True if a distribution of that name is installed; its modules may have other names."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -36,7 +36,7 @@ def is_installed(package: str) -> bool:
 
 
 def require(module: str, *, to: str) -> ModuleType:
-    """Import an optional module, or say in one sentence how to get it.
+    """Import an optional module, which `to` needs, or raise an error that says how to install it.
 
     Raises ImportError: `4-bit loading needs bitsandbytes: pip install "trl[quantization]".`
     """

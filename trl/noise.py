@@ -1,6 +1,6 @@
-"""What other libraries report of what they do among themselves, and nobody who trains needs to read.
+"""Filters for log messages and warnings of other libraries that are expected and that users cannot act on.
 
-Each is known by its words, so that anything else that they say is heard.
+Each message is matched by its text, so that all others of the same logger still appear.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from contextlib import contextmanager
 
 LOGGED = {
     "DeepSpeed": "Setting accelerator to CPU",
-    "datasets.packaged_modules.json.json": "Failed to load JSON",  # the error says so, too
-    "transformers.trainer_utils": "new PAD/BOS/EOS tokens",  # that is what they are set for
-    # A reward model has a head that no language model had. Weights that are missing beside it are no noise.
+    "datasets.packaged_modules.json.json": "Failed to load JSON",  # the error that follows says the same
+    "transformers.trainer_utils": "new PAD/BOS/EOS tokens",  # trainers set these tokens on purpose
+    # A reward model starts with a new head. The report is shown if weights other than `score` are missing.
     "transformers.modeling_utils": r"ForSequenceClassification.* LOAD REPORT(?!(?s:.)*\n(?!score\.)\S+ +\| MISSING)|"
-    r"The new (embeddings|lm_head weights) will be initialized",  # as a chat template asks for
+    r"The new (embeddings|lm_head weights) will be initialized",  # expected, since the special tokens of a chat template are added
 }
-"""Loggers, and what in their messages is noise."""
+"""Names of loggers, and a regular expression for the messages that are hidden."""
 
 WARNED = (
-    "Setting `save_embedding_layers` to `True`",  # so that a vocabulary that grew is saved with its adapter
+    "Setting `save_embedding_layers` to `True`",  # intended: an adapter is saved with an enlarged vocabulary
     "`is_gradient_checkpointing` is deprecated",  # peft reads a property that transformers renamed
 )
-"""Beginnings of warnings."""
+"""Beginnings of the warnings that are hidden."""
 
 
 OWN = ("trl.rewards", "trl.rollouts")
-"""Loggers of what a process says of its own samples."""
+"""Loggers whose messages concern the samples of one process."""
 
 
 def say_once() -> None:
-    """Of the processes of a node let the first say what all would: warnings about options, rows and models.
+    """Show warnings about options, rows and models only from the first process of a node, since they are the same in all.
 
-    Errors, and what is about a process's own samples, are heard from all; so is a logger whose level was set.
+    All processes still log errors, and warnings about their own samples. A logger whose level was set explicitly is left alone.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return
@@ -47,7 +47,7 @@ def say_once() -> None:
 
 
 def _without(noise: str) -> Callable[[logging.LogRecord], bool]:
-    """A filter of loggers."""
+    """A logging filter that drops messages in which the pattern `noise` is found."""
     return lambda record: not re.search(noise, record.getMessage())
 
 
@@ -55,7 +55,7 @@ FILTERS = {name: _without(noise) for name, noise in LOGGED.items()}
 
 
 def silence() -> None:
-    """Leave the noise out for as long as the process lives. Does nothing the second time."""
+    """Hide all messages in `LOGGED` and `WARNED` for the rest of the process. Calling it again has no effect."""
     for name, words in FILTERS.items():
         logging.getLogger(name).addFilter(words)
     _ignore_warnings()
@@ -68,7 +68,7 @@ def _ignore_warnings() -> None:
 
 @contextmanager
 def without_noise(*loggers: str) -> Iterator[None]:
-    """Leave out the noise of these loggers meanwhile, of all of them if none is named."""
+    """Within the context, hide the messages in `LOGGED` of these loggers; without arguments, of all of them."""
     filters = {logging.getLogger(name): _without(LOGGED[name]) for name in loggers or LOGGED}
     for logger, words in filters.items():
         logger.addFilter(words)
@@ -81,7 +81,7 @@ def without_noise(*loggers: str) -> Iterator[None]:
 
 @contextmanager
 def unless_said(name: str, words: str, error: type[Exception]) -> Iterator[None]:
-    """Hold back what the logger `name` says with these words until the block ends; an `error` says it in its place."""
+    """Hold back messages of logger `name` that contain `words`: drop them if the block raises `error`, else emit them at its end."""
     held: list[logging.LogRecord] = []
 
     def is_told(record: logging.LogRecord) -> bool:
@@ -104,7 +104,7 @@ def unless_said(name: str, words: str, error: type[Exception]) -> Iterator[None]
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Leave out the warnings that are noise meanwhile."""
+    """Within the context, hide the warnings in `WARNED`."""
     with warnings.catch_warnings():
         _ignore_warnings()
         yield

@@ -1,7 +1,7 @@
-"""Which numbers an option takes, declared once for every configuration that has an option of the name.
+"""Valid ranges of numeric options, by name; a range holds for every configuration with an option of that name.
 
-Every number is finite, but for the options in `UNBOUNDED`, where an infinity turns something off. A value outside of a
-bound is an error; one outside of what is usual is a warning that says what is.
+Values must be finite, except for the options in `UNBOUNDED`, where infinity turns a limit off. A value outside the valid
+range is an error; one outside the usual range is a warning.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from trl.errors import ConfigError
 from trl.option_types import kinds_of
 
 LARGEST = 2**63 - 1
-"""Integers above this fit no counter."""
+"""Largest integer that is accepted: that of 64 bits."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """least ≤ value ≤ most; with `above`, least < value; with `below`, value < most. `usual` is a range for a warning.
+    """Valid range least ≤ value ≤ most; `above` makes it least < value, `below` value < most.
 
-    `words` say what to give, where that is more than the numbers.
+    usual   (low, high); a value outside of it gives a warning
+    words   describes valid values in errors; by default, the range does
     """
 
     least: float = -math.inf
@@ -37,7 +38,7 @@ class Bound:
         return low and (value < self.most if self.below else value <= self.most)
 
     def __str__(self) -> str:
-        """`1 or more`, `more than 0`, `0 to 1`, `0 to below 1`, `more than 0, at most 1`."""
+        """The range for error messages: `1 or more`, `more than 0`, `0 to 1`, `0 to below 1`, `more than 0, at most 1`."""
         if self.words:
             return self.words
         if self.most == math.inf:
@@ -109,15 +110,15 @@ BOUNDS = {name: bound for bound, names in _NAMES.items() for name in names.split
     "port": Bound(0, 65535, words="0 (a free one) to 65535"),
     "every": Bound(1, words="at least 1 second"),
 }
-"""By the name of an option. Where a method draws a line of its own, its configuration says so itself."""
+"""Valid range of each option, by name. Configurations check limits that only one method has themselves."""
 
 
 WEIGHTS = (("loss_weights",), ("reward_weights",), ("desirable_weight", "undesirable_weight"))
-"""Options that weigh what is trained on: where all of them are 0, the loss is constant."""
+"""Groups of loss weights: if all weights of a group are 0, the loss is constant."""
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ConfigError for a number that an option of `config`, a dataclass, cannot take, and for text where one belongs."""
+    """Raise ConfigError for options of the dataclass `config` that are out of range, or text in place of a number."""
     for name, kind in kinds_of(type(config)).items():
         given = getattr(config, name, None)
         numeric = {"int", "float"} & {*kind.scalars, *(kind.item.scalars if kind.item else ())}
@@ -132,7 +133,7 @@ def check_bounds(config: Any) -> None:
 
 
 def numbers_in(value: Any) -> Iterator[float]:
-    """The numbers of an option's value: itself, or those of a list."""
+    """All numbers in an option's value, which may be a number or nested lists of them."""
     if isinstance(value, list | tuple):
         for each in value:
             yield from numbers_in(each)
@@ -141,7 +142,7 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raise ConfigError for a number that the option `name` cannot take."""
+    """Raise ConfigError if `value` is out of range for the option `name`."""
     if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in UNBOUNDED):
         raise ConfigError(f"{name}={value}: give a finite number.")
     if isinstance(value, int) and abs(value) > LARGEST:
@@ -152,13 +153,13 @@ def check_number(name: str, value: float) -> None:
 
 
 def unusual(config: Any) -> list[str]:
-    """A sentence for every number of `config`, a dataclass, that nobody takes."""
+    """Warnings, one per numeric option of the dataclass `config` that is outside its usual range."""
     said = []
     for name, bound in BOUNDS.items():
         for value in numbers_in(getattr(config, name, None) if bound.usual else None):
             low, high = bound.usual
             if value and not low <= value <= high:
                 said.append(
-                    f"{name}={value:g} is far from what is usual, {low:g} to {high:g}: is a sign of its exponent missing?"
+                    f"{name}={value:g} is outside the usual range, {low:g} to {high:g}: is the minus sign of its exponent missing?"
                 )
     return said

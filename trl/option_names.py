@@ -1,11 +1,11 @@
-"""Names of options: older ones work, and any other is an error that says which is near.
+"""Check option names: accept older aliases, and reject unknown names with a suggestion of the most similar one.
 
 @dataclass
 class MyConfig(metaclass=OptionNames):
     ALIASES: ClassVar[dict[str, str]] = {"max_seq_length": "max_length", "infinite": ""}
     max_length: int = 1024
 
-MyConfig(max_seq_length=8)       MyConfig(max_length=8)
+MyConfig(max_seq_length=8)       the same as MyConfig(max_length=8)
 MyConfig(max_lenght=8)           ConfigError: MyConfig has no option 'max_lenght'. Did you mean 'max_length'?
 """
 
@@ -24,37 +24,38 @@ REFUSED: dict[str, tuple[bool, str]] = {
     "save_safetensors": (False, "weights are always saved as safetensors, so leave it out"),
     "use_flash_attention_2": (True, "this is attn_implementation='flash_attention_2' today"),
 }
-"""Older names that ask for nothing, the value of each that cannot be had, and what to do."""
+"""Removed options: the value of each that is no longer supported, and what to do instead. Other values have no effect."""
 
 
 def refuse_outdated(name: str, value: Any) -> None:
-    """Raises ConfigError for an older option with a value that nothing does any more."""
+    """Raise ConfigError for a removed option with a value that is no longer supported."""
     refused, reason = REFUSED.get(name, (None, ""))
     if refused is not None and value is refused:
         raise ConfigError(f"{name}={value}: {reason}.")
 
 
 class OptionNames(type):
-    """Checks the keywords of a configuration before its dataclass sees them.
+    """Metaclass of configurations that checks and translates keyword arguments before the dataclass gets them.
 
-    `ALIASES` of a class are older names and today's; an empty one is of what always happens now, or is no longer needed.
+    `ALIASES` maps older names to current ones; "" marks an older option that is accepted and ignored, because it is always on
+    or no longer needed.
     """
 
     ALIASES: Mapping[str, str] = {}
 
-    if not TYPE_CHECKING:  # type checkers read the fields, and know today's names alone
+    if not TYPE_CHECKING:  # type checkers only see the fields, under their current names
 
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
             return super().__call__(*args, **cls.translated(kwargs))
 
         @property
         def __signature__(cls) -> inspect.Signature:
-            """The fields, for `inspect.signature` and interactive shells."""
+            """Signature of the dataclass, for `inspect.signature` and interactive shells."""
             whole = inspect.signature(cls.__init__)
             return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`kwargs` under today's names. Raises ConfigError for a name that no field has."""
+        """Rename `kwargs` to the current names. Raises ConfigError for unknown names, and for two names of the same option."""
         fields = {field.name for field in settable(cls) if field.init}
         known: dict[str, Any] = {}
         spelled: dict[str, str] = {}

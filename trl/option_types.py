@@ -1,8 +1,8 @@
-"""What a type hint admits, read from a live type, or from an annotation's syntax tree without importing what it names.
+"""Types of options: parse type hints, from a type or from the syntax tree of an annotation, and check values against them.
 
     kind_of_type(Literal["a", "b"] | None)        OptionType(scalars=("none",), choices=("a", "b"))
 
-The command line shows and checks options by it before torch is there; a dataclass checks its own by `check_choices`.
+The command line uses the syntax tree to show and check options without importing torch; dataclasses use `check_choices`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "any": (object,),
 }
 _PLAIN = (str, int, float, list, tuple, types.NoneType)
-"""What is checked against choices. Other objects may be of a class that a hint names beside them."""
+"""Types of values that are checked against choices. Other objects may be of a class that the hint admits as well."""
 _ALSO = {"None": "none", "Mapping": "dict", "Dict": "dict", "Any": "any", "Path": "str"}
 _LISTS = ("list", "List", "Sequence", "tuple", "Tuple")
 
@@ -54,11 +54,11 @@ class OptionType:
 
     @property
     def names(self) -> tuple[Any, ...]:
-        """The choices: of the value itself, or of a list's entries."""
+        """The choices for the value, or for the entries of a list."""
         return self.choices or (self.item.names if self.item else ())
 
     def invalid_items(self, value: Any) -> list[Any]:
-        """What of `value` is not of this kind: itself, or entries of a list."""
+        """Values that are not of this type: `value` itself, or those of its entries if it is a list."""
         if self.item is not None and isinstance(value, list | tuple):
             return [misfit for entry in value for misfit in self.item.invalid_items(entry)]
         value = value.value if isinstance(value, enum.Enum) else value
@@ -68,7 +68,7 @@ class OptionType:
         return [] if isinstance(value, tuple(t for name in admitted for t in _TYPES[name])) else [value]
 
     def __str__(self) -> str:
-        """For people: `an int or none`, `one of 'no', 'steps', 'epoch'`, `a list of str`."""
+        """Description for messages: `an int or none`, `one of 'no', 'steps', 'epoch'`, `a list of str`."""
         several = self.item is not None and self.item == OptionType(choices=self.choices)
         count = "one or several" if several else "one"
         parts = [f"{count} of {', '.join(map(repr, self.choices))}"] if self.choices else []
@@ -83,7 +83,7 @@ ANYTHING = OptionType(("any",))
 
 
 def kind_of_annotation(node: ast.expr, resolve: Callable[[str], OptionType | None]) -> OptionType:
-    """The kind that an annotation says. `resolve(name)` gives that of a name which is not built in, or None."""
+    """OptionType of an annotation's syntax tree. `resolve(name)` returns that of a name that is not built in, or None."""
     match node:
         case ast.Constant(value=str(text)):
             return kind_of_annotation(ast.parse(text, mode="eval").body, resolve)
@@ -124,7 +124,7 @@ def last_name(node: ast.expr) -> str:
 
 
 def kind_of_type(annotation: Any) -> OptionType:
-    """The kind that a live type says."""
+    """OptionType of a type object."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return _union([kind_of_type(a) for a in arguments])
@@ -141,8 +141,8 @@ def kind_of_type(annotation: Any) -> OptionType:
 
 
 def _union(kinds: Sequence[OptionType]) -> OptionType:
-    """Any of `kinds`. A `str` beside the texts of an enumeration, or beside numbers and lists of them, is no text of its own:
-    `HfArgumentParser` takes no union of other types without one, and reads lists of any `str`."""
+    """Union of `kinds`. A `str` next to string choices, or next to numbers and lists of them, is dropped: hints have it only
+    because `HfArgumentParser` needs a `str` in unions of other types, and lists of `str`."""
     merged = kinds[0]
     for kind in kinds[1:]:
         merged = merged | kind
@@ -161,12 +161,12 @@ def _union(kinds: Sequence[OptionType]) -> OptionType:
 
 @cache
 def kinds_of(cls: type) -> dict[str, OptionType]:
-    """What each field of a dataclass admits. A name that its hints mean, but its module has not, stands for a dict."""
+    """OptionType of each field of a dataclass. A name in a hint that its module does not define is taken for a dict."""
     return {field.name: _kind_of_field(cls, field) for field in settable(cls)}
 
 
 def declared(cls: type, name: str) -> tuple[type, Any]:
-    """The class that declares a field, and its annotation there: parsers of `transformers` write other types into `field.type`."""
+    """The class that declares a field, and its annotation there. `field.type` is no use: `transformers`' parser overwrites it."""
     home = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
     return home, inspect.get_annotations(home)[name]
 
@@ -182,18 +182,18 @@ def _kind_of_field(cls: type, field: dataclasses.Field) -> OptionType:
 
 
 def check_choices(subject: Any) -> None:
-    """Raises ConfigError for the first field of a dataclass that is none of the choices that its type hint names."""
+    """Raise ConfigError for the first field of a dataclass whose value is not among the choices of its type hint."""
     for field, kind in kinds_of(type(subject)).items():
         invalid_items = kind.invalid_items(getattr(subject, field)) if kind.names else []
         for misfit in (each for each in invalid_items if isinstance(each, _PLAIN)):
             raise ConfigError(unknown(field, str(misfit), map(str, kind.names)))
 
 
-# ---- what fields are for ----
+# ---- documentation of fields ----
 
 
 def documented(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
-    """Statements with the string literal that follows them."""
+    """Each statement with the string literal that follows it, or ""."""
     for statement, after in zip(body, [*body[1:], ast.Pass()], strict=True):
         match after:
             case ast.Expr(value=ast.Constant(value=str(text))):
@@ -203,12 +203,12 @@ def documented(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
 
 
 def joined(text: str) -> str:
-    """The text on one line."""
+    """Join the lines of a text."""
     return " ".join(text.split())
 
 
 def documentation_of(cls: type) -> dict[str, str]:
-    """What stands under the fields of a class and its bases; nothing for classes whose source is not at hand."""
+    """Field docstrings of a class and its bases, by name; classes without source code are left out."""
     found: dict[str, str] = {}
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         try:
@@ -222,9 +222,9 @@ def documentation_of(cls: type) -> dict[str, str]:
 
 
 def settable(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass, and what its constructor takes besides: those of its `InitVar`s that are documented.
+    """The fields of a dataclass, and those of its `InitVar`s that have a docstring.
 
-    `HfArgumentParser` makes no option of an `InitVar`, so that two classes with an option of one name can be read by it.
+    `HfArgumentParser` ignores an `InitVar`, so it can parse two dataclasses that have an option of the same name.
     """
     fields, parameters = dataclasses.fields(cls), inspect.signature(cls.__init__).parameters
     others = (cls.__dataclass_fields__.keys() & parameters.keys()) - {field.name for field in fields}
@@ -234,7 +234,7 @@ def settable(cls: type) -> list[dataclasses.Field]:
 
 @cache
 def describe_fields(cls: type) -> str:
-    """Every field of a dataclass with its type, default and documentation; those of the class itself first."""
+    """Text with every field of a dataclass, its type, default and documentation; fields of the class itself come first."""
     texts, fields = documentation_of(cls), {field.name: field for field in settable(cls) if field.init}
     lines = []
     for base in cls.__mro__:

@@ -1,7 +1,7 @@
-"""The tensors of a batch on their way to the device, as one.
+"""Copy all tensors of a batch to the device in one transfer.
 
-A batch has a dozen small tensors. Each copy costs the host a launch, and one from memory that is not pinned waits for the
-device. So they are laid into one pinned buffer, which is copied once and read there as what it holds.
+A batch has a dozen small tensors. Each copy costs a launch on the host, and a copy from pageable memory blocks the host. So
+the tensors are packed into one pinned buffer, which is copied once; on the device, views of it are the tensors.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes at multiples of which tensors begin: the size of the largest element."""
+"""Alignment, in bytes, of each tensor in the buffer: the size of the largest element type."""
 
 
 def sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on `device`: those of the host by one copy that it does not wait for."""
+    """Move the tensors to `device`; those on the CPU in one asynchronous copy."""
     on_host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
     if device.type == "cpu" or not on_host:
         return [tensor.to(device, non_blocking=True) for tensor in tensors]
@@ -26,7 +26,7 @@ def sent(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def packed(tensors: list[Tensor], *, pinned: bool = False) -> tuple[Tensor, list[int]]:
-    """A buffer of bytes with all of the tensors, and where each begins."""
+    """Pack the tensors into one buffer of bytes; return it and the offset of each tensor."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
@@ -36,7 +36,7 @@ def packed(tensors: list[Tensor], *, pinned: bool = False) -> tuple[Tensor, list
 
 
 def unpacked(buffer: Tensor, starts: list[int], like: list[Tensor]) -> list[Tensor]:
-    """Views of the buffer that begin at `starts`, with the shapes and types of the tensors in `like`."""
+    """Views of the buffer at the offsets `starts`, with the shapes and dtypes of the tensors in `like`."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in like]
     parts = (buffer[start : start + size] for start, size in zip(starts, sizes, strict=False))
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

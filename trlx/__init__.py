@@ -1,11 +1,11 @@
-"""Reinforcement learning of language models in one call, in the interface of trlX, on the trainers of `trl`.
+"""Reinforcement learning of language models in one call: the interface of trlX, implemented by the trainers of `trl`.
 
     import trlx
     trlx.train("gpt2", reward_fn=lambda samples, **kwargs: [s.count("cats") for s in samples])     # online: PPO
     trlx.train("gpt2", samples=["a", "b"], rewards=[1.0, 0.0])                                     # offline: ILQL
     trlx.train("gpt2", samples=[["question", "answer"]])                                           # fine-tuning
 
-What differs from trlX, and why: docs/coming_from_trlx.md.
+docs/coming_from_trlx.md lists the differences from trlX, with reasons.
 """
 
 from __future__ import annotations

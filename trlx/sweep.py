@@ -1,4 +1,4 @@
-"""`python -m trlx.sweep --config sweep.yml script.py`: `trl sweep` by the name that scripts call it."""
+"""`python -m trlx.sweep --config sweep.yml script.py`: another name of `trl sweep`, which existing scripts use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from trl.cli.main import main
 
 NEEDLESS = ("-y", "--yes")
-"""Options that answer a question which is not asked here."""
+"""Options that trlX needs to skip a confirmation; `trl sweep` asks for none, so they are dropped."""
 
 if __name__ == "__main__":
     sys.exit(main(["sweep", *(word for word in sys.argv[1:] if word not in NEEDLESS)]))

@@ -1,4 +1,4 @@
-"""`train`: online, offline, or imitation, by what it is given."""
+"""`train`: online reinforcement learning, offline reinforcement learning, or fine-tuning, depending on its arguments."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def train(
     config: TRLConfig | None = None,
     stop_sequences: Sequence[str] | None = None,
 ) -> Any:
-    """Train a language model, and give its trainer.
+    """Train a language model, and return the trainer.
 
-    Online, with `reward_fn`: sample from `prompts`, and learn from rewards (PPO, RFT). Offline, with `samples` and
+    Online, with `reward_fn`: sample completions of `prompts`, and learn from their rewards (PPO, RFT). Offline, with `samples` and
     `rewards`: ILQL. With `samples` alone: fine-tuning.
 
-    model_path       name or folder of a model, or a `PretrainedConfig`; in place of the configuration's
-    reward_fn        (samples, prompts, outputs, tokenizer, **columns) -> one number per sample, or one list per sample of
-                     rewards of the output's tokens
-    samples          texts, or lists of prompts and outputs in turn
+    model_path       name or folder of a model, or a `PretrainedConfig`; replaces that of `config`
+    reward_fn        (samples, prompts, outputs, tokenizer, **columns) -> one number per sample, or one list per sample with
+                     a reward for each token of its output
+    samples          texts, or dialogues: lists in which prompts and outputs alternate
     rewards          one number per sample, or one list per sample with a number for each token of its outputs
-    prompts          texts, or dicts with `prompt` and further columns; by default the token that begins a text
-    eval_prompts     what to sample from in evaluation; by default the first of the prompts
+    prompts          texts, or dicts with `prompt` and further columns; by default the BOS token
+    eval_prompts     prompts for evaluation; by default the first batch of `prompts`
     metric_fn        (samples, prompts, outputs, **columns) -> {name: one number per sample}, in evaluation
-    config           by default that of the mode, as in `trlx.data.default_configs`
+    config           by default that of the chosen method, see `trlx.data.default_configs`
     stop_sequences   texts at which outputs end
 
-    Raises ConfigError and DataError, which are ValueErrors, for arguments that do not go together.
+    Raises ConfigError or DataError, which are ValueErrors, for arguments that are invalid or in conflict.
     """
     if dataset is not None:
         warnings.warn(
@@ -76,14 +76,18 @@ def train(
 def _check(reward_fn: Any, samples: Any, rewards: Any, prompts: Any) -> None:
     if reward_fn is not None and rewards is not None:
         raise ConfigError(
-            "reward_fn and rewards are both given: reward_fn is for samples to come, rewards are of samples."
+            "reward_fn and rewards are both given: give reward_fn to train online, or rewards with samples to train offline."
         )
     if rewards is not None and samples is None:
-        raise ConfigError("rewards are given without samples: give the samples that they are of.")
+        raise ConfigError("rewards are given without samples: give the samples that they belong to.")
     if reward_fn is not None and samples is not None:
-        raise ConfigError("reward_fn and samples are both given: reward_fn rewards samples to come, from prompts.")
+        raise ConfigError(
+            "reward_fn and samples are both given: give reward_fn with prompts to train online, or samples to train offline."
+        )
     if reward_fn is None and samples is None:
-        raise ConfigError("Neither reward_fn nor samples is given: one of them says what is learned.")
+        raise ConfigError(
+            "Neither reward_fn nor samples is given: give reward_fn to train online, or samples to train offline."
+        )
     if rewards is not None and len(samples) != len(rewards):
         raise DataError(
             f"{len(samples)} samples and {len(rewards)} rewards were given: give one reward for each sample."
@@ -103,18 +107,18 @@ def _config(config: TRLConfig | None, reward_fn: Any, rewards: Any) -> TRLConfig
     defaults = (
         default_ppo_config if reward_fn is not None else default_sft_config if rewards is None else default_ilql_config
     )
-    warnings.warn(f"config is not given: that of {defaults.__name__}() is taken.", stacklevel=3)
+    warnings.warn(f"config is not given: {defaults.__name__}() is used.", stacklevel=3)
     return defaults()
 
 
 def _add_data(trainer: Any, samples: Any, rewards: Any, prompts: Any, eval_prompts: Any) -> None:
-    """Give the trainer what it samples from, or learns from."""
+    """Give the trainer its prompts or samples, and evaluation prompts; check that seq_length leaves room for a prompt."""
     config = trainer.config
     room = config.train.seq_length - max_new_tokens(config.method.gen_kwargs)
     if room < 1:
         raise ConfigError(
-            f"train.seq_length={config.train.seq_length} leaves no token for a prompt, as method.gen_kwargs.max_new_tokens="
-            f"{max_new_tokens(config.method.gen_kwargs)} are sampled after it: raise the first, or lower the second."
+            f"train.seq_length={config.train.seq_length} leaves no token for a prompt, with method.gen_kwargs.max_new_tokens="
+            f"{max_new_tokens(config.method.gen_kwargs)}: raise the first, or lower the second."
         )
     tokenizer = trainer.tokenizer
     batch = config.train.batch_size * processes()

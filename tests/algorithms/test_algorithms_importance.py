@@ -50,6 +50,6 @@ def test_tokens_that_are_not_scored_take_no_part_in_what_is_reported():
 
 @pytest.mark.parametrize("low", [2.0, 3.0])
 def test_bounds_that_leave_nothing(low):
-    with pytest.raises(ConfigError, match=f"importance weights are low={low}, high=2.0: swap them"):
+    with pytest.raises(ConfigError, match=f"low={low} and high=2.0: low must be below high"):
         Correction(low=low, high=2.0)
     assert Correction(low=low, high=None).bounds == (low, math.inf)

@@ -86,7 +86,7 @@ def test_a_higher_percentile_keeps_a_part_of_what_a_lower_one_keeps():
     ("options", "words"),
     [
         ({"start_percentile": 70}, "start_percentile=70"),
-        ({"start_percentile": 0.9, "end_percentile": 0.5}, "the threshold rises"),
+        ({"start_percentile": 0.9, "end_percentile": 0.5}, "start_percentile=0.9 is above end_percentile=0.5"),
         ({"n_improve_steps": 0}, "n_improve_steps=0"),
     ],
 )

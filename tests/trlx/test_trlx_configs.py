@@ -183,9 +183,9 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_nemo_is_somewhere_else():
-    with pytest.raises(ConfigError, match="NeMo's trainers are not here"):
+    with pytest.raises(ConfigError, match="NeMo's trainers are not supported"):
         default_nemo_1_3b_config()
-    with pytest.raises(ConfigError, match="NeMoPPOTrainer is not here: .* replaced by AcceleratePPOTrainer"):
+    with pytest.raises(ConfigError, match="NeMoPPOTrainer is not supported: use AcceleratePPOTrainer"):
         get_trainer("NeMoPPOTrainer")
 
 

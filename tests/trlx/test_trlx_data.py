@@ -100,7 +100,7 @@ def test_experience_is_samples_with_their_rewards():
     assert per_token["reward"] == [[0.5, 1.0]]
     with pytest.raises(DataError, match="2 samples and 1 rewards were given"):
         make_experience(["a", "b"], [1.0], make_tokenizer())
-    with pytest.raises(DataError, match=r"samples\[1\]: A dialogue has prompts and outputs in turn"):
+    with pytest.raises(DataError, match=r"samples\[1\]: In a dialogue, prompts and outputs alternate"):
         make_experience(["a", ["b"]], [1.0, 2.0], make_tokenizer())
 
 
@@ -246,7 +246,7 @@ def test_optimizers():
         optimizer_class(OptimizerConfig("adamm", {"lr": 1}))
     with pytest.raises(ConfigError, match=r"optimizer.kwargs.lr is missing"):
         optimizer_class(OptimizerConfig("adam"))
-    with pytest.raises(ConfigError, match=r"optimizer.kwargs.lr='1e-4' is a text: give a number"):
+    with pytest.raises(ConfigError, match=r"optimizer.kwargs.lr='1e-4' is text: give a number"):
         optimizer_class(OptimizerConfig("adam", {"lr": "1e-4"}))
 
 

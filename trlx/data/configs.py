@@ -28,12 +28,12 @@ COUNTS = (
     "eval_interval",
     "minibatch_size",
 )
-"""Options of `TrainConfig` that count something."""
+"""Options of `TrainConfig` that must be at least 1."""
 
 
 @dataclass
 class ModelConfig(Section):
-    """Which model, and what of it trains."""
+    """Which model, and which of its layers are trained."""
 
     model_path: Any
     """Name or folder of a model; a `PretrainedConfig` gives one with random weights."""
@@ -42,10 +42,10 @@ class ModelConfig(Section):
     """"causal", or "seq2seq" for an encoder-decoder."""
 
     num_layers_unfrozen: int = -1
-    """Upper layers that train; the others are frozen, with the embeddings. −1: all train. 0: the heads alone."""
+    """Number of upper layers to train; the others and the embeddings are frozen. −1: train all. 0: only the heads."""
 
     peft_config: Any = None
-    """An adapter to train: a configuration of peft, or a dict of one."""
+    """Adapter to train: a configuration of peft, or its dict. None: no adapter."""
 
     model_extra_configs: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of `from_pretrained`."""
@@ -53,16 +53,16 @@ class ModelConfig(Section):
 
 @dataclass
 class TokenizerConfig(Section):
-    """Which tokenizer, and which sides it pads and cuts."""
+    """Which tokenizer, and on which sides it pads and truncates."""
 
     tokenizer_path: str
     """Name or folder of a tokenizer."""
 
     padding_side: str = "left"
-    """Side of padding in what `generate` of the trainer gives; training needs none."""
+    """Side on which the tokenizer pads, as in a pipeline's `create_loader`; training does not depend on it."""
 
     truncation_side: str = "right"
-    """Which end of a long prompt or sample is cut."""
+    """Side on which long prompts and samples are truncated."""
 
     tokenizer_extra_configs: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of `from_pretrained`."""
@@ -75,7 +75,7 @@ class TokenizerConfig(Section):
 
 @dataclass
 class OptimizerConfig(Section):
-    """The optimizer."""
+    """Which optimizer, and its arguments."""
 
     name: str
     """"adam", "adamw", "adam_8bit_bnb", "adamw_8bit_bnb" or "sgd"."""
@@ -86,27 +86,27 @@ class OptimizerConfig(Section):
 
 @dataclass
 class SchedulerConfig(Section):
-    """The learning rate's course."""
+    """Schedule of the learning rate."""
 
     name: str
     """"cosine_annealing" or "linear"."""
 
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """T_max and eta_min of the first; total_iters, start_factor and end_factor of the second."""
+    """Arguments: T_max and eta_min of "cosine_annealing"; total_iters, start_factor and end_factor of "linear"."""
 
 
 @dataclass
 class TrainConfig(Section):
-    """How long, how much at a time, and what is written where."""
+    """Length of training, batch sizes, evaluation, checkpoints and tracking."""
 
     total_steps: int
-    """Optimizer steps at most."""
+    """Maximum number of optimizer steps."""
 
     seq_length: int
-    """Tokens of a prompt and its output at most."""
+    """Maximum number of tokens of a prompt and its output together."""
 
     epochs: int
-    """Passes over the data, or over the prompts' rollouts, at most."""
+    """Maximum number of passes over the samples, or of rollout rounds if training is online."""
 
     batch_size: int
     """Samples of one optimizer step, per process."""
@@ -118,10 +118,10 @@ class TrainConfig(Section):
     """Optimizer steps between two evaluations."""
 
     pipeline: str = "PromptPipeline"
-    """Registered pipeline of prompts."""
+    """Name of the registered pipeline that reads the prompts."""
 
     trainer: str = "AcceleratePPOTrainer"
-    """Registered trainer."""
+    """Name of the registered trainer."""
 
     trainer_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the trainer's class."""
@@ -151,7 +151,7 @@ class TrainConfig(Section):
     """Save what resuming needs beside the model."""
 
     resume_from_checkpoint: str | None = None
-    """Folder of a checkpoint to go on from."""
+    """Folder of a checkpoint to resume from."""
 
     tracker: str | None = "wandb"
     """"wandb", "tensorboard" or None."""
@@ -166,7 +166,7 @@ class TrainConfig(Section):
     """Seed of every random choice."""
 
     minibatch_size: int | None = None
-    """Samples of one forward and backward pass; the step is the same. None: as many as are best."""
+    """Samples per forward and backward pass, which does not change the optimizer step. None: `batch_size`."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -198,7 +198,7 @@ class TRLConfig:
 
     @classmethod
     def load_yaml(cls, yml_fp: str | Path) -> TRLConfig:
-        """The configuration in a YAML file, with a mapping for every section."""
+        """Load the configuration from a YAML file with a mapping for every section."""
         config = read_yaml(str(yml_fp), "load_yaml")
         if not isinstance(config, dict):
             raise ConfigError(
@@ -207,12 +207,12 @@ class TRLConfig:
         return cls.from_dict(config)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Nested dicts, copied."""
+        """Return the configuration as nested dicts, copied."""
         return {name: getattr(self, name).to_dict() for name in SECTIONS}
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TRLConfig:
-        """The configuration that nested dicts describe. Raises ConfigError for what is unknown, or missing."""
+        """Make a configuration from nested dicts. Raises ConfigError for sections and parameters that are unknown or missing."""
         for name in config:
             if name not in SECTIONS:
                 raise ConfigError(
@@ -224,20 +224,20 @@ class TRLConfig:
             )
         if "name" not in config["method"]:
             raise ConfigError(
-                "method.name is missing: PPOConfig, ILQLConfig, SFTConfig, RFTConfig, or one of your own."
+                "method.name is missing: give PPOConfig, ILQLConfig, SFTConfig, RFTConfig, or the name of a method that you registered."
             )
         kinds = {**SECTIONS, "method": get_method(config["method"]["name"])}
         return cls(**{name: kind.from_dict(config[name]) for name, kind in kinds.items()})
 
     def evolve(self, **kwargs: Any) -> TRLConfig:
-        """The configuration with changes: `config.evolve(method={"gamma": 0.99}, train={"seed": 1})`."""
+        """Return the configuration with changes: `config.evolve(method={"gamma": 0.99}, train={"seed": 1})`."""
         return TRLConfig.update(self, kwargs)
 
     @classmethod
     def update(cls, baseconfig: Mapping[str, Any] | TRLConfig, config: Mapping[str, Any]) -> TRLConfig:
-        """`baseconfig` with changes, by section or with dotted keys: `{"train.seed": 1, "method": {"gamma": 0.99}}`.
+        """Return `baseconfig` with changes, as nested dicts or with dotted keys: `{"train.seed": 1, "method": {"gamma": 0.99}}`.
 
-        Raises ConfigError, which is a ValueError, for a section or parameter that is not there.
+        Raises ConfigError, which is a ValueError, for an unknown section or parameter.
         """
         base = baseconfig.to_dict() if isinstance(baseconfig, TRLConfig) else baseconfig
         return cls.from_dict(merged(base, nested(config)))

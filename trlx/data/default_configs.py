@@ -1,4 +1,4 @@
-"""Configurations to start from."""
+"""Default configurations of the methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trlx.trainer.accelerate_sft_trainer import SFTConfig
 
 
 def _config(method: Any, model: ModelConfig, rate: float, **train: Any) -> TRLConfig:
-    """A configuration with what all have in common: GPT-2's tokenizer, AdamW, a rate that stays."""
+    """A configuration with the common settings: GPT-2's tokenizer, AdamW, constant learning rate `rate`."""
     options = {"lr": rate, "betas": (0.9, 0.95), "eps": 1.0e-8, "weight_decay": 1.0e-6}
     return TRLConfig(
         method=method,
@@ -32,7 +32,7 @@ def _config(method: Any, model: ModelConfig, rate: float, **train: Any) -> TRLCo
 
 
 def default_ppo_config() -> TRLConfig:
-    """PPO of a GPT-2 that knows film reviews."""
+    """PPO of a GPT-2 that was fine-tuned on film reviews."""
     return _config(
         PPOConfig(),
         ModelConfig(model_path="lvwerra/gpt2-imdb", num_layers_unfrozen=2),
@@ -75,7 +75,7 @@ def default_sft_config() -> TRLConfig:
 
 def _refuse_nemo(*_: Any, **__: Any) -> NoReturn:
     raise ConfigError(
-        "NeMo's trainers are not here. Large models train in shards by FSDP or ZeRO: take default_ppo_config(), "
+        "NeMo's trainers are not supported. FSDP or ZeRO train large models in shards: use default_ppo_config(), "
         "default_ilql_config() or default_sft_config(), and `accelerate launch` the script."
     )
 

@@ -1,4 +1,4 @@
-"""The configuration of a method, and the registry that finds it by name."""
+"""Base class of the methods' configurations, and their registry by name."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ METHODS = Registry(
 
 @dataclass
 class MethodConfig(Section):
-    """Options of a method; `name` says which it is."""
+    """Options of a method."""
 
     name: str = ""
-    """Name of the class, whose options the others are."""
+    """Name of the registered class."""
 
 
 register_method, get_method = METHODS.register, METHODS.get
-"""A decorator for a `MethodConfig` of one's own, by its name or the one that it is given; and the class of a name."""
+"""`register_method` is a decorator that registers a subclass of `MethodConfig`; `get_method` returns the class of a name."""

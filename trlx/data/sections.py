@@ -1,4 +1,4 @@
-"""What the sections of a configuration have in common: dicts in and out, and no key that is not theirs."""
+"""Base class of configuration sections: conversion from and to dicts, with a check of all keys."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from trl.errors import ConfigError, suggest
 
 
 class Section:
-    """A dataclass that is made from a dict, and becomes one."""
+    """Mixin for dataclasses that convert from and to dicts."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Any:
-        """The section that `config` describes. Raises ConfigError for a key that it has not, or lacks."""
+        """Make the section from a dict. Raises ConfigError for unknown and for missing keys."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in config:
             if name not in fields:
@@ -24,13 +24,11 @@ class Section:
                 )
         missing = [name for name, field in fields.items() if _is_required(field) and name not in config]
         if missing:
-            raise ConfigError(
-                f"{cls.__name__} needs {', '.join(map(repr, missing))}, and the configuration does not say it."
-            )
+            raise ConfigError(f"{cls.__name__} needs {', '.join(map(repr, missing))}, which the configuration lacks.")
         return cls(**copy.deepcopy(dict(config)))
 
     def to_dict(self) -> dict[str, Any]:
-        """All parameters by name, copied."""
+        """Return all parameters by name, copied."""
         return {field.name: copy.deepcopy(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
@@ -39,7 +37,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, dict by dict."""
+    """Merge `changes` into a copy of `base`, recursively."""
     result = dict(copy.deepcopy(base))
     for name, value in changes.items():
         both_dicts = isinstance(result.get(name), Mapping) and isinstance(value, Mapping)
@@ -48,7 +46,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1, "a": {"c": 2}}` as `{"a": {"b": 1, "c": 2}}`."""
+    """Expand dotted keys: `{"a.b": 1, "a": {"c": 2}}` becomes `{"a": {"b": 1, "c": 2}}`."""
     result: dict[str, Any] = {}
     for path, value in changes.items():
         *sections, name = str(path).split(".")

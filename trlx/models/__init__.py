@@ -1,1 +1,1 @@
-"""Options of methods, where scripts import them from."""
+"""Configurations of ILQL and PPO, at the paths from which scripts import them."""

@@ -18,28 +18,28 @@ class ILQLConfig(MethodConfig):
     name: str = "ILQLConfig"
 
     tau: float = 0.7
-    """Expectile that the value is of Q."""
+    """τ: the value is the τ-expectile of Q."""
 
     gamma: float = 0.99
     """Discount of a token's later rewards."""
 
     cql_scale: float = 0.1
-    """Weight of the loss that keeps the Q of other actions low."""
+    """Weight of the CQL loss, which lowers the Q of actions that are not in the data."""
 
     awac_scale: float = 1
     """Weight of the policy's loss."""
 
     alpha: float = 0.001
-    """Step of the target heads towards the Q heads."""
+    """Step size of the target heads' moving average of the Q heads."""
 
     beta: float = 0
     """β in the weights exp(β (Q' − V)) of the policy's loss."""
 
     steps_for_target_q_sync: int = 5
-    """Optimizer steps between two steps of the target heads."""
+    """Optimizer steps between two updates of the target heads."""
 
     two_qs: bool = True
-    """Learn two Q, and take the smaller."""
+    """Train two Q heads, and use the minimum of their target heads."""
 
     gen_kwargs: dict[str, Any] = field(default_factory=lambda: dict(GEN_KWARGS))
-    """Options of sampling, with `beta`, the strength of guidance; one that is a list is swept in evaluation."""
+    """Sampling options, and `beta`, the strength of guidance by Q − V; evaluation runs once per value of an option that is a list."""

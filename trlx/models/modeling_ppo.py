@@ -13,27 +13,27 @@ GEN_KWARGS = {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "do_sample": True}
 @dataclass
 @register_method
 class PPOConfig(MethodConfig):
-    """Online: learn from rewards of one's own samples, with a value head and a KL penalty."""
+    """Online: learn from the rewards of the policy's own samples, with a value head and a KL penalty."""
 
     name: str = "PPOConfig"
 
     ppo_epochs: int = 4
-    """Times that a set of rollouts is learned from."""
+    """Passes over each set of rollouts."""
 
     num_rollouts: int = 128
-    """Rollouts of a set, per process."""
+    """Rollouts per set, in each process."""
 
     chunk_size: int = 128
-    """Rollouts that are sampled and rewarded at a time."""
+    """Samples per call of the reward function."""
 
     init_kl_coef: float = 0.001
-    """Coefficient of the KL penalty; its first value, if there is a `target`."""
+    """Coefficient of the KL penalty; its initial value with a `target`."""
 
     target: float | None = None
-    """KL of an output that the coefficient adapts to; None keeps it as it is."""
+    """KL of an output, in nats, towards which the coefficient adapts. None: the coefficient is constant."""
 
     horizon: int = 10000
-    """Rollouts over which the coefficient adapts."""
+    """Number of rollouts over which the coefficient adapts."""
 
     gamma: float = 1.0
     """Discount of a token's later rewards."""
@@ -42,10 +42,10 @@ class PPOConfig(MethodConfig):
     """λ of generalised advantage estimation."""
 
     cliprange: float = 0.2
-    """How far the probability ratio of a token may move before it stops being rewarded."""
+    """ε: probability ratios are clipped to [1 − ε, 1 + ε]; a token beyond that gives no gradient."""
 
     cliprange_value: float = 0.2
-    """How far a value may move before it stops being rewarded."""
+    """ε_v: values are clipped to within ε_v of those at sampling time."""
 
     vf_coef: float = 1.0
     """Weight of the value loss."""
@@ -54,7 +54,7 @@ class PPOConfig(MethodConfig):
     """Divide scores by their "running" standard deviation, by that of the first rollouts ("ref"), or not ("ignored")."""
 
     ref_mean: float | None = None
-    """Has no effect, which is said if it is given: scores are divided by a standard deviation, and not shifted."""
+    """Has no effect, since scores are scaled but not shifted; giving it logs a warning."""
 
     ref_std: float | None = None
     """Standard deviation that `scale_reward="ref"` divides scores by; None measures that of the first rollouts."""
@@ -63,10 +63,10 @@ class PPOConfig(MethodConfig):
     """Clip scores to ± this, before they are scaled."""
 
     gen_kwargs: dict[str, Any] = field(default_factory=lambda: dict(GEN_KWARGS))
-    """Options of sampling; one that is a list is swept in evaluation."""
+    """Sampling options; evaluation runs once per value of an option that is a list."""
 
     gen_experience_kwargs: dict[str, Any] | None = None
-    """Options of sampling in training, where they differ."""
+    """Sampling options in training. None: `gen_kwargs`."""
 
     num_value_layers_unfrozen: int = 0
-    """Upper layers of which the value has a copy of its own."""
+    """Number of upper layers that the value head has its own copies of."""

@@ -1,4 +1,4 @@
-"""Where prompts come from: pipelines by name."""
+"""Pipelines, which provide prompts, and their registry by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PIPELINES = Registry("pipeline", {"PromptPipeline": "trlx.pipeline.offline_pipel
 
 
 register_datapipeline = PIPELINES.register
-"""A decorator that makes a pipeline of one's own known by its name, or by the one that it is given."""
+"""Decorator that registers a pipeline class, under its own name or a given one."""
 
 
 class BasePipeline(Dataset):
-    """Rows of prompts: `pipeline[i]` is a dict with `prompt`, and whatever reward functions are given with it."""
+    """Rows of prompts: `pipeline[i]` is a dict with `prompt`, and other columns, which reward functions get."""
 
     def __len__(self) -> int:
         raise NotImplementedError

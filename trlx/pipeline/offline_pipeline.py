@@ -1,9 +1,9 @@
-"""Prompts and dialogues as token ids.
+"""Tokenise prompts and dialogues.
 
     tokenize_dialogue(["Q: 1+1? A:", " 2"], tokenizer)     [DialogMessage(False, …), DialogMessage(True, … EOS)]
 
-A sample that is one text is an output after the token that begins a text. What is longer than the limit loses its beginning
-or its end, as the tokenizer's `truncation_side` says.
+A sample that is a single text is an output with BOS as its prompt. Samples above the maximum length are truncated at the
+tokenizer's `truncation_side`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trlx.pipeline import BasePipeline, register_datapipeline
 
 @dataclass(frozen=True)
 class DialogMessage:
-    """A turn: whether it is the model's, and its token ids."""
+    """A turn of a dialogue: whether it is an output of the model, and its token ids."""
 
     is_output: bool
     tokens: tuple[int, ...]
@@ -32,9 +32,10 @@ class DialogMessage:
 def tokenize_dialogue(
     dialogue: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 2048
 ) -> list[DialogMessage]:
-    """The turns of a dialogue, of at most `max_length` tokens together, with EOS at the end of the last.
+    """Tokenise a dialogue into turns of at most `max_length` tokens in total; the last turn ends with EOS.
 
-    dialogue is a text, or prompts and outputs in turn. Raises DataError for an odd number of turns, or one that is no text.
+    `dialogue` is a text, or a list in which prompts and outputs alternate. Raises DataError for an odd number of turns, and for
+    turns that are not strings.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if isinstance(dialogue, str):
@@ -53,10 +54,13 @@ def tokenize_dialogue(
 
 def _check(dialogue: Any) -> None:
     if not isinstance(dialogue, Sequence) or not all(isinstance(turn, str) for turn in dialogue):
-        raise DataError(f"A sample is a text, or a list of prompts and outputs in turn; found {dialogue!r:.100}.")
+        raise DataError(
+            f"A sample is a text, or a list in which prompts and outputs alternate; found {dialogue!r:.100}."
+        )
     if len(dialogue) % 2 or not dialogue:
         raise DataError(
-            f"A dialogue has prompts and outputs in turn, so their number is even: found {len(dialogue)}, {list(dialogue)!r:.100}."
+            f"In a dialogue, prompts and outputs alternate, so their number must be even: found {len(dialogue)}, "
+            f"{list(dialogue)!r:.100}."
         )
 
 
@@ -65,7 +69,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _cut(messages: Sequence[DialogMessage], limit: int, side: str) -> list[DialogMessage]:
-    """The messages that are left without what is above `limit` tokens, at their beginning ("left") or end."""
+    """Truncate the messages to `limit` tokens in total, at their beginning ("left") or end ("right"); drop empty ones."""
     ordered = messages[::-1] if side == "left" else messages
     kept = []
     for message in ordered:
@@ -77,13 +81,15 @@ def _cut(messages: Sequence[DialogMessage], limit: int, side: str) -> list[Dialo
 
 
 def dialogue_row(messages: Sequence[DialogMessage], *, encoder_decoder: bool = False) -> dict[str, list[int]]:
-    """A tokenised dialogue as the row of a dataset: `input_ids` and which of them are learned from.
+    """Dataset row of a tokenised dialogue: `input_ids`, and `completion_mask`, which is 1 on outputs.
 
-    For an encoder-decoder `input_ids` are the prompt, and `labels` the output. Raises DataError where it has more.
+    For an encoder-decoder, `input_ids` are the prompt and `labels` the output. Raises DataError if there are other turns.
     """
     if encoder_decoder:
         if [m.is_output for m in messages] != [False, True]:
-            raise DataError(f"An encoder-decoder reads one prompt and writes one output: found {len(messages)} turns.")
+            raise DataError(
+                f"An encoder-decoder needs one prompt and one output per sample: found {len(messages)} turns."
+            )
         return {"input_ids": list(messages[0].tokens), "labels": list(messages[1].tokens)}
     ids = list(chain.from_iterable(m.tokens for m in messages))
     return {"input_ids": ids, "completion_mask": [int(m.is_output) for m in messages for _ in m.tokens]}
@@ -92,7 +98,7 @@ def dialogue_row(messages: Sequence[DialogMessage], *, encoder_decoder: bool = F
 def dialogue_rows(
     samples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int, *, encoder_decoder: bool
 ) -> list[dict[str, list[int]]]:
-    """The rows of samples. Raises DataError, with the sample's number, for dialogues that are none."""
+    """Dataset rows of all samples. Raises DataError, with the index of the sample, for a malformed dialogue."""
     rows = []
     for i, sample in enumerate(samples):
         try:
@@ -105,9 +111,9 @@ def dialogue_rows(
 
 @register_datapipeline
 class PromptPipeline(BasePipeline):
-    """Prompts as rows: texts, or dicts with `prompt` and more, which reward and metric functions are given by name.
+    """Rows of prompts: texts, or dicts with `prompt` and other columns, which reward and metric functions get as arguments.
 
-    A prompt keeps `max_prompt_length` tokens at most.
+    Prompts are truncated to `max_prompt_length` tokens.
     """
 
     def __init__(
@@ -123,7 +129,7 @@ class PromptPipeline(BasePipeline):
         for i, row in enumerate(rows):
             if set(row) != keys:
                 raise DataError(
-                    f"prompts[{i}] has the keys {sorted(row)}, the first one {sorted(keys)}: give all the same."
+                    f"prompts[{i}] has the keys {sorted(row)}, the first one {sorted(keys)}: give all prompts the same keys."
                 )
         ids = [tokenizer(row["prompt"], add_special_tokens=add_special_tokens).input_ids for row in rows]
         self.rows = [

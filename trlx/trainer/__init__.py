@@ -1,4 +1,4 @@
-"""Trainers by name."""
+"""Base class of trainers, and their registry by name."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TRAINERS = Registry(
 
 
 register_trainer = TRAINERS.register
-"""A decorator that makes a trainer of one's own known by its name, or by the one that it is given."""
+"""Decorator that registers a trainer class, under its own name or a given one."""
 
 
 class BaseRLTrainer:
-    """What `trlx.train` asks of a trainer. One's own derives from it, or from one of those that are here.
+    """Interface that `trlx.train` needs of a trainer. Derive your own from it, or from one of the registered trainers.
 
     config          the run's configuration
     reward_fn       (samples, prompts, outputs, tokenizer, **columns) -> rewards
@@ -43,21 +43,21 @@ class BaseRLTrainer:
         self.stop_sequences = list(stop_sequences or ())
 
     def add_prompts(self, prompts: Sequence[Any], max_prompt_length: int) -> None:
-        """What to sample from in training."""
+        """Set the prompts that training samples from."""
         raise ConfigError(
-            f"train.trainer={self.config.train.trainer!r} learns from samples: give samples, and no reward_fn."
+            f"train.trainer={self.config.train.trainer!r} learns from samples: give samples, without reward_fn."
         )
 
     def add_samples(self, samples: Sequence[Any], rewards: Sequence[Any] | None) -> None:
-        """What to learn from."""
+        """Set the samples to train on, with their rewards."""
         raise ConfigError(
             f"train.trainer={self.config.train.trainer!r} samples by itself: give prompts and a reward_fn."
         )
 
     def add_eval_prompts(self, prompts: Sequence[Any], max_prompt_length: int) -> None:
-        """What to sample from in evaluation."""
+        """Set the prompts that evaluation samples from."""
         raise NotImplementedError
 
     def learn(self) -> Mapping[str, float]:
-        """Train; gives the metrics of the last evaluation."""
+        """Train, and return the metrics of the last evaluation."""
         raise NotImplementedError

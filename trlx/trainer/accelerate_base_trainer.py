@@ -1,7 +1,7 @@
-"""What the trainers of this interface share: a model, a tokenizer, evaluations by sampling, and the best checkpoint.
+"""Common base of the trainers: loads model and tokenizer, evaluates by sampling, and keeps the best checkpoint.
 
-Each is a front of a trainer of `trl`, in `self.trainer`, which is made when all data is there. Options are translated in
-`trlx.trainer.options`; what functions of scripts are given is in `trlx.trainer.scoring`.
+Each wraps a trainer of `trl`, `self.trainer`, which is made on first use, when all data was added. `trlx.trainer.options`
+translates the options, `trlx.trainer.scoring` the arguments of reward and metric functions.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ ARCHITECTURES = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqL
 
 
 class AccelerateRLTrainer(BaseRLTrainer):
-    """A front of a trainer of `trl`. Arguments: see `BaseRLTrainer`.
+    """Wrapper of a trainer of `trl`. Arguments: see `BaseRLTrainer`.
 
     logit_mask   [V,V] of bool: after token u, tokens v with `logit_mask[u, v]` are never sampled
     """
 
     method_class: ClassVar[type[MethodConfig]] = MethodConfig
-    """Configuration of the method."""
+    """Class of the method's configuration."""
 
     has_value_head = False
-    """Whether the model has heads, which the trainer of `trl` saves with it."""
+    """True if the model has value or Q heads, which must be saved with it."""
 
     with_extras = True
-    """Whether reward functions are given tokenizer and columns."""
+    """True if the reward function gets the tokenizer and the prompts' columns."""
 
     def __init__(
         self,
@@ -88,15 +88,15 @@ class AccelerateRLTrainer(BaseRLTrainer):
         self._trainer: Any = None
         self.evaluation: EvaluationCallback | None = None
 
-    # ---- what a method adds ----
+    # ---- implemented by each method ----
 
     @abstractmethod
     def make_trainer(self) -> Any:
-        """The trainer of `trl` that the configuration describes."""
+        """Make the trainer of `trl` that the configuration describes."""
 
     @property
     def trainer(self) -> Any:
-        """The trainer of `trl`, made when it is first asked for."""
+        """The trainer of `trl`, made on first use."""
         if self._trainer is None:
             self._trainer = self.make_trainer()
             self._trainer.remove_callback(PrinterCallback)
@@ -122,36 +122,39 @@ class AccelerateRLTrainer(BaseRLTrainer):
             row["prompt"] = self.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
         return Dataset.from_list(rows)
 
-    # ---- what trainers of trl are given ----
+    # ---- arguments of the trl trainer ----
 
     def common_options(self) -> dict[str, Any]:
-        """Arguments of their configurations."""
+        """Arguments of the configuration that all methods set."""
         return common_arguments(self.config.train, self.config.optimizer.kwargs.get("weight_decay", 0.0))
 
     def common_keywords(self) -> dict[str, Any]:
-        """Keyword arguments of their classes."""
+        """Keyword arguments of the trainer that all methods set."""
         return {"processing_class": self.tokenizer, "optimizer_cls_and_kwargs": optimizer_class(self.config.optimizer)}
 
     def script_reward(self, **options: Any) -> ScriptReward:
-        """The script's reward function, as `trl` calls it."""
+        """The script's reward function, wrapped for `trl`."""
         return ScriptReward(self.reward_fn, self.texts, with_extras=self.with_extras, **options)
 
     def freeze(self) -> None:
-        """Freeze what the configuration leaves frozen; an adapter freezes what is below it by itself."""
+        """Freeze layers by `num_layers_unfrozen`. With an adapter, do nothing: peft freezes the base model."""
         if self.config.model.peft_config is None:
             freeze_lower_layers(self.given_model, self.config.model.num_layers_unfrozen)
 
     # ---- the run ----
 
     def learn(self) -> Mapping[str, float]:
-        """Train, from a checkpoint where the configuration names one; gives the metrics of the last evaluation."""
+        """Train, resuming if the configuration names a checkpoint, and return the metrics of the last evaluation."""
         self.trainer.train(resume_from_checkpoint=resumable(self.config.train.resume_from_checkpoint))
         return self.evaluation.last
 
     def evaluate(self) -> dict[str, float]:
-        """Sample from the evaluation prompts, with every option that is swept: `reward/mean`, `metrics/…`, by suffix."""
+        """Sample from the evaluation prompts, once per swept sampling option, and return `reward/mean` and `metrics/…`.
+
+        Metrics of swept options have a suffix, as in `reward/mean@beta=1`.
+        """
         if not self.eval_rows:
-            raise ConfigError("There are no eval_prompts to evaluate on.")
+            raise ConfigError("There are no evaluation prompts: give eval_prompts.")
         found = self._sampled()
         print_samples(found, self.trainer.state.global_step, logger)
         return {_in_script_words(name): value for name, value in found.metrics.items()}
@@ -173,7 +176,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
         )
 
     def train_params(self) -> Any:
-        """How samples are drawn in training; of an option that is a list, its first value is taken."""
+        """Sampling parameters for training; an option that is a list has its first value."""
         return self._params_of(self._experience_options())
 
     def _experience_options(self) -> Mapping[str, Any]:
@@ -186,18 +189,18 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
     @property
     def rollout_folder(self) -> Path | None:
-        """Where rollouts are written to."""
+        """Folder that rollouts are written to, or None."""
         folder = self.config.train.rollout_logging_dir
         return None if folder is None else Path(folder)
 
     def eval_params(self) -> dict[str, Any]:
-        """How an evaluation samples, by the suffix of its metrics."""
+        """Sampling parameters of each evaluation, by the suffix of its metrics."""
         options = {"stop": self.stop_sequences, "seed": self.config.train.seed, "logit_mask": self.logit_mask}
         return {
             suffix: sampling_params(each, **options) for suffix, each in swept(self.config.method.gen_kwargs).items()
         }
 
-    # ---- what scripts use afterwards ----
+    # ---- for scripts, after training ----
 
     @property
     def model(self) -> Any:
@@ -210,14 +213,15 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Sample after token ids `[B,T]`, with `gen_experience_kwargs` or `gen_kwargs` and `kwargs`: `[B,T+C]`, padded.
+        """Sample completions of prompts `[B,T]`; return prompts and completions `[B,T+C]`, padded on the right.
 
-        Of an encoder-decoder, the decoder's tokens `[B,1+C]`. Of an option that is a list, its first value is taken.
+        Sampling options are `gen_experience_kwargs`, or else `gen_kwargs`, updated by `kwargs`; an option that is a list has
+        its first value. For an encoder-decoder, return the decoder's tokens `[B,1+C]`.
         """
         return self._generated({**self._experience_options(), **kwargs}, input_ids, attention_mask)
 
     def generate_eval(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As `generate`, with the options of evaluation."""
+        """Like `generate`, with the sampling options of evaluation, `gen_kwargs`."""
         return self._generated({**self.config.method.gen_kwargs, **kwargs}, input_ids, attention_mask)
 
     def _generated(self, options: Mapping[str, Any], ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -233,7 +237,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
         return torch.cat([before, padded], 1)
 
     def save_pretrained(self, directory: str | Path | None = None, **kwargs: Any) -> None:
-        """Save the model, with its heads, and the tokenizer; by default to `hf_model` in the folder of checkpoints."""
+        """Save model, heads and tokenizer, by default to `hf_model` in the checkpoint folder."""
         folder = Path(directory or Path(self.config.train.checkpoint_dir) / "hf_model")
         if self.has_value_head:
             self.trainer.save_pretrained(folder, **kwargs)
@@ -243,17 +247,17 @@ class AccelerateRLTrainer(BaseRLTrainer):
             self.tokenizer.save_pretrained(folder)
 
     def save(self, directory: str | Path | None = None, **kwargs: Any) -> None:
-        """Save the model to `directory`, or the folder of checkpoints."""
+        """Save the model to `directory`, by default the checkpoint folder."""
         self.save_pretrained(directory or self.config.train.checkpoint_dir, **kwargs)
 
     def load(self, directory: str | Path | None = None, **_: Any) -> None:
-        """Load the weights of a model that was saved by this kind of trainer."""
+        """Load the weights of a model that a trainer of this class saved."""
         folder = Path(directory or self.config.train.checkpoint_dir)
         self.trainer._load_from_checkpoint(str(folder / "hf_model" if (folder / "hf_model").exists() else folder))
 
 
 def _in_script_words(name: str) -> str:
-    """`reward@beta=1` is `reward/mean@beta=1`."""
+    """Rename metrics as trlX does: `reward@beta=1` becomes `reward/mean@beta=1`."""
     head, at, suffix = name.partition("@")
     return ("reward/mean" if head == "reward" else head) + at + suffix
 
@@ -262,7 +266,7 @@ def _in_script_words(name: str) -> str:
 
 
 def load_tokenizer(config: TRLConfig) -> PreTrainedTokenizerBase:
-    """The configuration's tokenizer, which pads with EOS where it has no token for that."""
+    """Load the configuration's tokenizer; EOS becomes its padding token if it has none."""
     section = config.tokenizer
     with explain_missing_tokenizer(str(section.tokenizer_path)):
         tokenizer = AutoTokenizer.from_pretrained(section.tokenizer_path, **section.tokenizer_extra_configs)
@@ -273,7 +277,7 @@ def load_tokenizer(config: TRLConfig) -> PreTrainedTokenizerBase:
 
 
 def load_given_model(section: ModelConfig) -> str | PreTrainedModel:
-    """The model that the section names, on the CPU, with its lower layers frozen."""
+    """Load the model that the section names, on the CPU."""
     if section.model_arch_type not in ARCHITECTURES:
         raise ConfigError(unknown("model.model_arch_type", str(section.model_arch_type), ARCHITECTURES))
     auto_class = ARCHITECTURES[section.model_arch_type]
@@ -292,7 +296,7 @@ def load_given_model(section: ModelConfig) -> str | PreTrainedModel:
 
 
 def freeze_lower_layers(model: PreTrainedModel, unfrozen: int) -> None:
-    """Leave the upper `unfrozen` layers, the final norm and the head to train. −1: all of the model. 0: nothing of it."""
+    """Freeze all but the upper `unfrozen` layers, the final norm and the head. −1: freeze nothing. 0: freeze everything."""
     if unfrozen < 0:
         return
     if unfrozen == 0:
@@ -308,7 +312,7 @@ def freeze_lower_layers(model: PreTrainedModel, unfrozen: int) -> None:
 
 
 def resumable(path: str | None) -> str | None:
-    """The checkpoint that a folder stands for, as `checkpoint_0100` does for `checkpoint-100` beside it."""
+    """The checkpoint to resume from: `checkpoint_0100` is resolved to `checkpoint-100`, which its symlink names."""
     if path is None:
         return None
     folder = Path(path)

@@ -24,7 +24,7 @@ __all__ = ["AccelerateILQLTrainer", "ILQLConfig", "make_experience"]
 
 
 class _ILQLTrainer(Scheduled, ILQLTrainer):
-    """`ILQLTrainer` with a scheduler of this interface."""
+    """`ILQLTrainer` with the learning-rate schedule of a `scheduler` section."""
 
 
 def make_experience(
@@ -35,9 +35,9 @@ def make_experience(
     *,
     encoder_decoder: bool = False,
 ) -> Dataset:
-    """Samples and rewards as rows that `ILQLTrainer` takes: token ids, which of them are outputs, and the reward.
+    """Convert samples and rewards to rows of `ILQLTrainer`: token ids, a mask of outputs, and the reward.
 
-    Raises DataError where their numbers differ, and for dialogues that are none.
+    Raises DataError if their numbers differ, and for malformed dialogues.
     """
     if len(samples) != len(rewards):
         raise DataError(
@@ -48,7 +48,7 @@ def make_experience(
 
 
 def _plain(reward: Any, i: int) -> float | list[float]:
-    """Reward `i` as plain numbers. Raises DataError for what is none."""
+    """Convert reward `i` to a float or a list of floats. Raises DataError if it is neither."""
     reward = reward.tolist() if hasattr(reward, "tolist") else reward
     try:
         return [float(r) for r in reward] if isinstance(reward, list | tuple) else float(reward)
@@ -58,7 +58,7 @@ def _plain(reward: Any, i: int) -> float | list[float]:
 
 @register_trainer
 class AccelerateILQLTrainer(AccelerateRLTrainer):
-    """Learns Q-values from samples and rewards, and samples guided by them. Arguments: see `AccelerateRLTrainer`."""
+    """Learns Q-values from samples and rewards, and uses them to guide sampling. Arguments: see `AccelerateRLTrainer`."""
 
     method_class = ILQLConfig
     has_value_head = True

@@ -34,10 +34,10 @@ SCALINGS = ("running", "ref", "ignored", None)
 
 @dataclass(kw_only=True)
 class ScaledPPO(PPO):
-    """PPO whose scores, which were clipped before, are divided by a standard deviation; rewards of tokens with them."""
+    """PPO that divides scores and rewards of tokens, after clipping, by a standard deviation."""
 
     scaling: str | None = None
-    """"running": that of all scores so far. "ref": `ref_std`, or that of the first rollouts. None: they stay."""
+    """Which standard deviation: "running", of all scores so far; "ref", `ref_std` or that of the first rollouts; None, no scaling."""
 
     ref_std: float | None = None
     """Standard deviation for "ref"."""
@@ -49,7 +49,7 @@ class ScaledPPO(PPO):
         return self.moments.updated(experience.rewards.nan_to_num(0.0))
 
     def with_scores(self, experience: Experience) -> Experience:
-        """The experience with `scores` `[N]`, and `dense_rewards` `[N,C]` where there are any, as they are learned from."""
+        """Add the scaled `scores` `[N]`, and scale `dense_rewards` `[N,C]`, if there are any."""
         std = 1.0 if self.scaling is None else self.ref_std or self._moments_with(experience).std
         scores = {"scores": experience.rewards.nan_to_num(0.0) / std}
         if "dense_rewards" in experience.signals:
@@ -58,7 +58,7 @@ class ScaledPPO(PPO):
 
 
 class _Sampler(PromptedSampler):
-    """A sampler whose groups have the rewards of tokens that `script`, the reward function, was given."""
+    """Sampler that adds rewards of tokens to its groups, if the reward function `script` returned them."""
 
     script: ScriptReward
 
@@ -71,7 +71,7 @@ class _Sampler(PromptedSampler):
 
 
 class _PPOTrainer(Scheduled, Prompted, PPOTrainer):
-    """`PPOTrainer` with a scheduler and prompts of this interface, and with rewards of tokens."""
+    """`PPOTrainer` with a `scheduler` section, tokenised prompts, and rewards of tokens."""
 
     sampler_class = _Sampler
 
@@ -90,7 +90,7 @@ def _with_rewards(example: Any, rewards: Any) -> Any:
 
 
 def scaled(algorithm: PPO, method: PPOConfig) -> ScaledPPO:
-    """The algorithm with the scaling of scores that the method asks for. Raises ConfigError for another."""
+    """Return the algorithm with the method's `scale_reward`. Raises ConfigError for an unknown one; warns of unused options."""
     if method.scale_reward not in SCALINGS:
         raise ConfigError(unknown("method.scale_reward", str(method.scale_reward), map(str, SCALINGS)))
     options = {each.name: getattr(algorithm, each.name) for each in fields(algorithm)}
@@ -105,9 +105,9 @@ def scaled(algorithm: PPO, method: PPOConfig) -> ScaledPPO:
 
 @register_trainer
 class AcceleratePPOTrainer(AccelerateRLTrainer):
-    """Samples from the prompts, rewards, and learns by PPO. Arguments: see `AccelerateRLTrainer`.
+    """Samples from the prompts, computes rewards, and learns by PPO. Arguments: see `AccelerateRLTrainer`.
 
-    A set of `num_rollouts` is learned from in as many batches of like size as `train.batch_size` asks for.
+    A set of `num_rollouts` is split into equal batches of at most `train.batch_size`, one per optimizer step.
     """
 
     method_class = PPOConfig
@@ -119,7 +119,7 @@ class AcceleratePPOTrainer(AccelerateRLTrainer):
     def make_trainer(self) -> PPOTrainer:
         train, method, model = self.config.train, self.config.method, self.config.model
         if self.reward_fn is None:
-            raise ConfigError("PPOConfig needs a reward_fn.")
+            raise ConfigError("PPOConfig needs a reward_fn: give one.")
         options = self.common_options()
         updates = math.ceil(method.num_rollouts / train.batch_size)
         accumulated = options.pop("gradient_accumulation_steps")
@@ -155,7 +155,7 @@ class AcceleratePPOTrainer(AccelerateRLTrainer):
         )
 
     def _shared_layers(self) -> int | None:
-        """Lower layers that policy and reference have in common, frozen; None where the reference is a copy, or no model."""
+        """Number of frozen lower layers that policy and reference share. None: nothing is shared between two copies."""
         unfrozen, layers = self.config.model.num_layers_unfrozen, depth(self.given_model)
         if self.config.model.peft_config is not None or not 0 <= unfrozen < layers:
             return None

@@ -22,36 +22,36 @@ from trlx.trainer.schedules import Scheduled
 @dataclass
 @register_method
 class RFTConfig(MethodConfig):
-    """Imitate the best of one's own samples."""
+    """Fine-tune on the best of the policy's own samples."""
 
     name: str = "RFTConfig"
 
     gen_kwargs: dict[str, Any] = field(default_factory=lambda: dict(GEN_KWARGS))
-    """Options of sampling; one that is a list is swept in evaluation."""
+    """Sampling options; evaluation runs once per value of an option that is a list."""
 
     start_percentile: float = 0.7
-    """Percentile of a prompt's rewards that its samples have to reach at first."""
+    """Percentile of a prompt's rewards that a sample must reach to be kept, in the first epoch on new samples."""
 
     end_percentile: float = 0.95
-    """The same percentile in the last epoch before new samples are drawn."""
+    """The same percentile in the last epoch on the same samples."""
 
     n_improve_steps: int = 4
-    """Epochs for which the same samples are selected from."""
+    """Epochs on the same samples, before new ones are drawn."""
 
     n_generations_per_prompt: int = 32
-    """Samples of each prompt."""
+    """Samples per prompt."""
 
 
 class _RFTTrainer(Scheduled, Prompted, RFTTrainer):
-    """`RFTTrainer` with a scheduler and prompts of this interface."""
+    """`RFTTrainer` with a `scheduler` section and tokenised prompts."""
 
 
 @register_trainer
 class AccelerateRFTTrainer(AccelerateRLTrainer):
-    """Samples from the prompts, keeps what reaches a rising percentile, and imitates it.
+    """Samples from the prompts, keeps samples at or above a rising percentile, and fine-tunes on them.
 
-    Of every epoch, which is an improvement step, all prompts have their samples; the kept ones are learned from in as many
-    batches of about `train.batch_size` as half way between both percentiles takes.
+    Each epoch is an improvement step on samples of all prompts. Its number of optimizer steps is fixed: as many batches of
+    `train.batch_size` as there are samples above the mean of both percentiles.
     """
 
     method_class = RFTConfig

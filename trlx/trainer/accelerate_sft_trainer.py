@@ -22,21 +22,21 @@ from trlx.trainer.schedules import Scheduled
 @dataclass
 @register_method
 class SFTConfig(MethodConfig):
-    """Imitate samples."""
+    """Supervised fine-tuning on samples."""
 
     name: str = "SFTConfig"
 
     gen_kwargs: dict[str, Any] = field(default_factory=lambda: dict(GEN_KWARGS))
-    """Options of sampling in evaluation; one that is a list is swept."""
+    """Sampling options of evaluation, which runs once per value of an option that is a list."""
 
 
 class _SFTTrainer(Scheduled, SFTTrainer):
-    """`SFTTrainer` with a scheduler of this interface."""
+    """`SFTTrainer` with the learning-rate schedule of a `scheduler` section."""
 
 
 @register_trainer
 class AccelerateSFTTrainer(AccelerateRLTrainer):
-    """Learns all of samples that are texts, and the outputs of dialogues. Arguments: see `AccelerateRLTrainer`."""
+    """Fine-tunes on all tokens of samples that are texts, and on the outputs of dialogues. Arguments: see `AccelerateRLTrainer`."""
 
     method_class = SFTConfig
 

@@ -1,4 +1,4 @@
-"""Evaluations in the course of training: before the first step, every `eval_interval`, and at the end."""
+"""Evaluation during training: before the first step, every `eval_interval` steps, and at the end."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from trlx.trainer.accelerate_base_trainer import AccelerateRLTrainer
 
 SHOWN = 8
-"""Samples in the table of an evaluation."""
+"""Number of samples in the table that an evaluation prints."""
 
 BEST = "best_checkpoint"
 
 
 class EvaluationCallback(TrainerCallback):
-    """Samples from the evaluation prompts, logs what was found, and keeps the model whose mean reward is best."""
+    """Samples from the evaluation prompts, logs the metrics, and saves the model with the best mean reward."""
 
     def __init__(self, front: AccelerateRLTrainer) -> None:
         self.front = front
@@ -57,7 +57,7 @@ class EvaluationCallback(TrainerCallback):
             self.front.save_pretrained(Path(self.front.config.train.checkpoint_dir) / BEST / "hf_model")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put `checkpoint_0100/hf_model` beside the checkpoint `checkpoint-100`, for scripts that read it there."""
+        """Link `checkpoint_0100/hf_model` to the checkpoint `checkpoint-100`, since scripts for trlX look there."""
         if not state.is_world_process_zero:
             return
         digits = len(str(state.max_steps))
@@ -74,7 +74,7 @@ class EvaluationCallback(TrainerCallback):
 
 
 def _best_reward(metrics: dict[str, float]) -> float | None:
-    """The mean reward, of a sweep the highest; `metrics/reward` where no reward function is."""
+    """The mean reward, the highest one if options are swept; without a reward function, `metrics/reward`."""
     for name in ("reward/mean", "metrics/reward"):
         found = [value for key, value in metrics.items() if key.partition("@")[0] == name]
         if found:
@@ -83,7 +83,7 @@ def _best_reward(metrics: dict[str, float]) -> float | None:
 
 
 def print_samples(found: SampledMetrics, step: int, logger: Any) -> None:
-    """A table of a few samples, where the logger says as much as that."""
+    """Print a table of a few samples, if the logger shows messages of level INFO."""
     if not found.samples or not logger.isEnabledFor(20):
         return
     names = list(found.samples[0].scores)

@@ -1,4 +1,4 @@
-"""From sections of a configuration to what the trainers of `trl` are given."""
+"""Translate sections of the configuration to arguments of the trainers of `trl`."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max
 """Options of `gen_kwargs` that are fields of `SamplingParams`."""
 
 WITHOUT_EFFECT = ("pad_token_id", "use_cache", "synced_gpus", "return_dict_in_generate", "output_scores")
-"""Options of `gen_kwargs` that say how `generate` works, and not what it samples."""
+"""Options of `gen_kwargs` that do not affect which tokens are sampled; they are ignored."""
 
 
 def optimizer_class(section: OptimizerConfig) -> tuple[type, dict[str, Any]]:
-    """The class of an optimizer and its arguments but for `weight_decay`. Raises ConfigError for another name."""
+    """Class of the optimizer, and its arguments without `weight_decay`. Raises ConfigError for unknown names and arguments."""
     if section.name not in OPTIMIZERS:
         raise ConfigError(unknown("optimizer.name", str(section.name), OPTIMIZERS))
     if "lr" not in section.kwargs:
         raise ConfigError("optimizer.kwargs.lr is missing: give the learning rate.")
     if texts := {name: value for name, value in section.kwargs.items() if isinstance(value, str)}:
         name, value = next(iter(texts.items()))
-        raise ConfigError(f"optimizer.kwargs.{name}={value!r} is a text: give a number.")
+        raise ConfigError(f"optimizer.kwargs.{name}={value!r} is text: give a number.")
     cls = _optimizer_class(section)
     kwargs = {name: value for name, value in section.kwargs.items() if name != "weight_decay"}
     taken = inspect.signature(cls).parameters
@@ -62,7 +62,7 @@ def _optimizer_class(section: OptimizerConfig) -> type:
 
 
 def make_scheduler(section: SchedulerConfig, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """The learning rate's course. Raises ConfigError for another name, or arguments that it does not take."""
+    """Make the learning-rate scheduler. Raises ConfigError for unknown names and arguments."""
     if section.name not in SCHEDULERS:
         raise ConfigError(unknown("scheduler.name", str(section.name), SCHEDULERS))
     try:
@@ -72,7 +72,7 @@ def make_scheduler(section: SchedulerConfig, optimizer: torch.optim.Optimizer) -
 
 
 def adapter_config(given: PeftConfig | Mapping[str, Any] | None) -> PeftConfig | None:
-    """The configuration of an adapter. Raises ConfigError for a dict that is none."""
+    """Convert a dict to an adapter configuration. Raises ConfigError if it is invalid."""
     if given is None or isinstance(given, PeftConfig):
         return given
     if not isinstance(given, Mapping) or "peft_type" not in given:
@@ -88,9 +88,9 @@ def adapter_config(given: PeftConfig | Mapping[str, Any] | None) -> PeftConfig |
 def sampling_params(
     gen_kwargs: Mapping[str, Any], *, stop: list[str], seed: int | None = None, logit_mask: torch.Tensor | None = None
 ) -> SamplingParams:
-    """How to sample, from options of `generate` and `beta`.
+    """Make sampling parameters from options of `generate`, and `beta`.
 
-    `do_sample=False` takes the best token. Raises ConfigError for an option that neither has.
+    `do_sample=False` means greedy decoding. Raises ConfigError for unknown options.
     """
     options = {name: value for name, value in gen_kwargs.items() if name not in WITHOUT_EFFECT}
     if options.pop("do_sample", True) is False:
@@ -110,44 +110,44 @@ def sampling_params(
 
 
 def sampling_options(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration of an online trainer has to know of sampling, which `sampling_params` says in full."""
+    """Sampling options that an online trainer's configuration needs; `sampling_params` returns all of them."""
     greedy = gen_kwargs.get("do_sample", True) is False
     temperature = 0.0 if greedy else first_value(gen_kwargs.get("temperature", 1.0))
     return {"max_completion_length": max_new_tokens(gen_kwargs), "temperature": temperature}
 
 
 def first_value(option: Any) -> Any:
-    """The first value of an option that is swept, or its only one."""
+    """The first value of an option that is a list; else the value itself."""
     return option[0] if isinstance(option, list | tuple) else option
 
 
 def max_new_tokens(gen_kwargs: Mapping[str, Any]) -> int:
-    """Tokens of an output at most; of a sweep, those of the longest."""
+    """Maximum number of tokens of an output; the largest one if the option is a list."""
     limit = gen_kwargs.get("max_new_tokens")
     if limit is None:
         raise ConfigError(
-            "method.gen_kwargs.max_new_tokens is missing: give the number of tokens that are sampled at most."
+            "method.gen_kwargs.max_new_tokens is missing: give the maximum number of tokens of an output."
         )
     return max(limit) if isinstance(limit, list | tuple) else limit
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """Number of processes in the run."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def batches_of(samples: float, section: TrainConfig) -> float:
-    """Batches of an epoch over `samples`, which the processes share."""
+    """Number of batches per epoch over `samples`, which are divided among the processes."""
     return samples / (section.batch_size * processes())
 
 
 def steps_of_epochs(section: TrainConfig, steps_per_epoch: float) -> int:
-    """Optimizer steps of a run."""
+    """Number of optimizer steps of the run: by `epochs`, at most `total_steps`."""
     return max(1, min(section.total_steps, math.ceil(section.epochs * steps_per_epoch)))
 
 
 def common_arguments(train: TrainConfig, weight_decay: float) -> dict[str, Any]:
-    """What the configuration of every trainer of `trl` is given."""
+    """Arguments that the configuration of every trainer of `trl` gets."""
     micro = train.minibatch_size or train.batch_size
     if train.batch_size % micro:
         raise ConfigError(
@@ -155,7 +155,7 @@ def common_arguments(train: TrainConfig, weight_decay: float) -> dict[str, Any]:
         )
     return {
         "output_dir": train.checkpoint_dir,
-        "overwrite_output_dir": True,  # trlX writes over what an earlier run left there
+        "overwrite_output_dir": True,  # as trlX does
         "seed": train.seed,
         "save_strategy": "steps",
         "save_steps": train.checkpoint_interval,
@@ -172,7 +172,7 @@ def common_arguments(train: TrainConfig, weight_decay: float) -> dict[str, Any]:
 
 
 def tracker(train: TrainConfig) -> str:
-    """Where numbers are sent: "none", with a warning, where wandb was asked for and cannot be reached."""
+    """Name of the tracker; "none", with a warning, for wandb without a package or login. Sets its environment variables."""
     if train.tracker not in (None, "wandb", "tensorboard"):
         raise ConfigError(unknown("train.tracker", str(train.tracker), ("wandb", "tensorboard", "None")))
     if train.tracker == "wandb":

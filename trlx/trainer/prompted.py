@@ -1,4 +1,4 @@
-"""Trainers of `trl` that sample, with prompts that were tokenised beforehand, and options of sampling of this interface."""
+"""Online trainers of `trl` with pre-tokenised prompts and explicit sampling parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl.trainers.sampling import GroupSampler
 
 
 class PromptedSampler(GroupSampler):
-    """Draws samples as `params` say, with the seed that is due."""
+    """Samples with the parameters `params`, and the seed of the current rollout batch."""
 
     params: SamplingParams
 
@@ -22,7 +22,7 @@ class PromptedSampler(GroupSampler):
 
 
 class Prompted(OnlineTrainer):
-    """An online trainer whose rows have `prompt_ids`. `params` says how samples are drawn in training."""
+    """Online trainer whose rows have `prompt_ids`. `params` are the sampling parameters of training."""
 
     sampler_class = PromptedSampler
 
@@ -35,6 +35,6 @@ class Prompted(OnlineTrainer):
         self.sampler.params = self.params
 
     def encode(self, rows: Dataset, split: str, name: str) -> Dataset:
-        """The rows as they are."""
+        """Return the rows unchanged, since they are tokenised already."""
         self._columns[split] = rows.column_names
         return rows

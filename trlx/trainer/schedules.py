@@ -1,4 +1,4 @@
-"""The learning rate's course in trainers of `trl`."""
+"""Learning-rate schedules of trlX configurations in trainers of `trl`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trlx.trainer.options import make_scheduler
 
 
 class Scheduled(BaseTrainer):
-    """A trainer whose learning rate takes the course of a `scheduler` section."""
+    """Trainer whose learning rate follows a `scheduler` section."""
 
     def __init__(self, *args: Any, scheduler: SchedulerConfig, **kwargs: Any) -> None:
         self.scheduler_section = scheduler

@@ -1,10 +1,10 @@
-"""Reward and metric functions of scripts, as `trl` calls them.
+"""Adapters that let `trl` call the reward and metric functions of trlX scripts.
 
     reward_fn(samples=…, prompts=…, outputs=…, tokenizer=…, **columns)      one number per sample, or one list per sample
     metric_fn(samples=…, prompts=…, outputs=…, **columns)                   {name: one number per sample}
 
-An output ends before the first stop sequence, without white space at its end; a sample is prompt and output together, with
-the tokenizer's separator between them where an encoder reads the prompt. A list is rewards of the output's tokens.
+An output is cut before the first stop sequence, and trailing white space is removed; a sample is prompt + output, with the
+tokenizer's separator between them for an encoder-decoder. A list per sample has a reward for each token of the output.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from trl.errors import DataError
 from trl.rewards.signature import fitting
 
 SEPARATOR = "<sep>"
-"""Between prompt and output of an encoder-decoder whose tokenizer has no token for it."""
+"""Separator of prompt and output, for encoder-decoders whose tokenizer has no separator token."""
 
 
 def cut_at(text: str, stop_sequences: Sequence[str]) -> str:
-    """The text before the first of the stop sequences in it, without white space at its end; as it is without one."""
+    """Cut the text before the first stop sequence and strip trailing white space; without a match, return it unchanged."""
     places = [place for stop in stop_sequences if (place := text.find(stop)) >= 0]
     return text[: min(places)].rstrip() if places else text
 
 
 @dataclass
 class Texts:
-    """Turns what `trl` gives into the arguments of a script's functions."""
+    """Converts prompts and completion ids of `trl` to the arguments of a script's functions."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_sequences: Sequence[str] = ()
@@ -51,12 +51,12 @@ class Texts:
 
 @dataclass
 class ScriptReward:
-    """A `reward_fn` as a reward function of `trl`.
+    """Wraps a script's `reward_fn` as a reward function of `trl`.
 
-    chunk_size   samples of one call of the function
-    with_extras  whether it is given the tokenizer and the prompts' other columns
-    folder       where rollouts are written to
-    clip         rewards are cut to ± this
+    chunk_size   samples per call of the function
+    with_extras  whether it gets the tokenizer and the prompts' other columns
+    folder       folder that rollouts are written to
+    clip         rewards are clipped to ± this
     """
 
     reward_fn: Callable
@@ -66,7 +66,7 @@ class ScriptReward:
     folder: Path | None = None
     clip: float | None = None
     dense: list[list[float]] | None = field(default=None, init=False)
-    """Rewards of the tokens of the last samples, where the function gave them."""
+    """Rewards of the tokens of the latest samples, if the function returned lists."""
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:8], init=False)
     calls: int = field(default=0, init=False)
 
@@ -97,7 +97,7 @@ class ScriptReward:
         given = {**arguments, "tokenizer": self.texts.tokenizer} if self.with_extras else texts
         found = self.reward_fn(**fitting(self.reward_fn, given))
         if not isinstance(found, Iterable) or isinstance(found, str | Mapping):
-            raise DataError(f"reward_fn gave {found!r:.60}: it has to give a list, with one reward for each sample.")
+            raise DataError(f"reward_fn returned {found!r:.60}: it must return a list with one reward for each sample.")
         return found.tolist() if isinstance(found, Tensor) else list(found)
 
     def _write(self, arguments: Mapping[str, list[Any]], scores: Sequence[float]) -> None:
@@ -112,7 +112,7 @@ class ScriptReward:
 
 
 def script_metrics(metric_fn: Callable, texts: Texts) -> Callable[..., Mapping[str, Sequence[float]]]:
-    """A `metric_fn` as one of `trl`."""
+    """Wrap a script's `metric_fn` as a metric function of `trl`."""
 
     def measure(
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any
@@ -120,14 +120,16 @@ def script_metrics(metric_fn: Callable, texts: Texts) -> Callable[..., Mapping[s
         arguments = {**texts.arguments(prompts, completion_ids), **_of_prompts(columns, len(prompts))}
         found = metric_fn(**fitting(metric_fn, arguments))
         if not isinstance(found, Mapping):
-            raise DataError(f"metric_fn gave {found!r:.60}: it has to give a dict, with one number per sample by name.")
+            raise DataError(
+                f"metric_fn returned {found!r:.60}: it must return a dict from names to lists with one number per sample."
+            )
         return {f"metrics/{name}": values for name, values in found.items()}
 
     return measure
 
 
 def _of_prompts(columns: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
-    """The columns of the prompts: what `trl` hands to every call beside them is none."""
+    """Select the prompts' columns, lists of `count` values, from all arguments that `trl` passes."""
     return {name: values for name, values in columns.items() if isinstance(values, list) and len(values) == count}
 
 
@@ -138,14 +140,14 @@ def _is_list(value: Any) -> bool:
 def _numbers(values: Any, i: int, clip: float | None) -> list[float]:
     if not _is_list(values):
         raise DataError(
-            f"reward_fn gave a list for the first sample and {values!r:.40} for sample {i + 1}: give lists for all."
+            f"reward_fn returned a list for the first sample and {values!r:.40} for sample {i + 1}: return lists for all."
         )
     numbers = torch.as_tensor(values, dtype=torch.float32)
     return (numbers if clip is None else numbers.clamp(-clip, clip)).tolist()
 
 
 def fitted(values: Sequence[float], count: int) -> list[float]:
-    """Rewards of `count` tokens: zero where there are fewer; those that are more go to the last, so that their sum stays."""
+    """Fit rewards to `count` tokens: pad with zeros, or add the excess ones to the last, so that the sum stays the same."""
     if len(values) <= count:
         return [*values, *[0.0] * (count - len(values))]
     return [*values[: count - 1], sum(values[count - 1 :])]

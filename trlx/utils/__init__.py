@@ -1,4 +1,4 @@
-"""Small things that scripts import."""
+"""Small utilities that scripts import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Clock", "filter_non_scalars", "infinite_dataloader", "set_seed", "si
 
 
 def set_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch; each process of several with a seed of its own."""
+    """Seed Python, NumPy and torch with `seed` + rank."""
     import numpy as np
     import torch
 
@@ -24,7 +24,7 @@ def set_seed(seed: int) -> None:
 
 
 class Clock:
-    """Seconds between calls, and per thousand samples."""
+    """Measures seconds between calls, and per thousand samples."""
 
     def __init__(self) -> None:
         self.start = time.time()
@@ -32,7 +32,7 @@ class Clock:
         self.total_samples = 0
 
     def tick(self, samples: int = 0) -> float:
-        """Seconds since the last call, or since the start; `samples` were worked on meanwhile."""
+        """Seconds since the last call, or since the start, in which `samples` were processed."""
         end = time.time()
         delta, self.start = end - self.start, end
         if samples:
@@ -41,7 +41,7 @@ class Clock:
         return delta
 
     def get_stat(self, n_samp: int = 1000, reset: bool = False) -> float:
-        """Seconds per `n_samp` samples so far."""
+        """Mean seconds per `n_samp` samples so far."""
         stat = self.total_time * n_samp / max(self.total_samples, 1)
         if reset:
             self.total_time, self.total_samples = 0.0, 0
@@ -49,18 +49,18 @@ class Clock:
 
 
 def significant(x: Any, ndigits: int = 2) -> Any:
-    """A number rounded to as many significant digits; other things as they are."""
+    """Round a number to `ndigits` significant digits; return other values unchanged."""
     if not isinstance(x, Number) or isinstance(x, bool) or x == 0 or x != x:
         return x
     return float(f"{x:.{ndigits}g}")
 
 
 def filter_non_scalars(xs: dict[str, Any]) -> dict[str, float]:
-    """What of a dict are numbers, as floats."""
+    """The numbers of a dict, as floats."""
     return {name: float(x) for name, x in xs.items() if isinstance(x, Number)}
 
 
 def infinite_dataloader(dataloader: Iterable[Any]) -> Iterator[Any]:
-    """Batches, from the beginning again after the last."""
+    """Iterate over the batches again and again."""
     while True:
         yield from dataloader

@@ -1,4 +1,4 @@
-"""Trainers and pipelines by name."""
+"""Look up trainers and pipelines by name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NEMO = ("nemoppotrainer", "nemoilqltrainer", "nemosfttrainer")
 
 
 def get_trainer(name: str) -> Any:
-    """The trainer's class, whatever the capitals of its name. Raises ConfigError for one that is not there."""
+    """Class of a trainer; its name is case-insensitive. Raises ConfigError for an unknown name."""
     if str(name).lower() in NEMO:
         raise ConfigError(
-            f"{name} is not here: NeMo's trainers are replaced by {name.replace('NeMo', 'Accelerate')}, which trains large "
-            "models in shards by FSDP or ZeRO."
+            f"{name} is not supported: use {name.replace('NeMo', 'Accelerate')}, with FSDP or ZeRO to train large models in "
+            "shards."
         )
     return TRAINERS.get(name)
 
 
 get_pipeline = PIPELINES.get
-"""The pipeline's class, whatever the capitals of its name. Raises ConfigError for one that is not there."""
+"""Class of a pipeline; its name is case-insensitive. Raises ConfigError for an unknown name."""

@@ -1,8 +1,8 @@
-"""Logging of `trlx` and `trl` together: how much is said, and by which processes.
+"""Logging of `trlx` and `trl`: one level for both, and a choice of the processes that log.
 
 from trlx.utils import logging;  logging.set_verbosity(logging.WARNING);  logger = logging.get_logger(__name__)
 
-The environment variable TRLX_VERBOSITY ("debug", "info", "warning", "error", "critical") sets the level at the start.
+The environment variable TRLX_VERBOSITY ("debug", "info", "warning", "error", "critical") sets the initial level.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _state: dict[str, Any] = {"progress": True, "handler": None}
 
 
 class MultiProcessAdapter(logging.LoggerAdapter):
-    """A logger of the first process alone; with `ranks=[1, 2]` of those, with `ranks=[-1]` of all."""
+    """Logger that logs in rank 0 only; with `ranks=[1, 2]` in those ranks, with `ranks=[-1]` in all."""
 
     def log(self, level: int, msg: Any, *args: Any, ranks: Sequence[int] = (0,), **kwargs: Any) -> None:
         rank = int(os.environ.get("RANK", 0))
@@ -38,19 +38,19 @@ class MultiProcessAdapter(logging.LoggerAdapter):
 
 
 def get_logger(name: str | None = None) -> MultiProcessAdapter:
-    """The logger `name`, whose methods take `ranks`; without a name, that of `trlx`."""
+    """The logger `name`, by default that of `trlx`; its methods take the argument `ranks`."""
     enable_default_handler()
     return MultiProcessAdapter(logging.getLogger(name or ROOTS[0]), {})
 
 
 def get_verbosity() -> int:
-    """The level of `trlx`."""
+    """The level of the `trlx` logger."""
     enable_default_handler()
     return logging.getLogger(ROOTS[0]).getEffectiveLevel()
 
 
 def set_verbosity(verbosity: int) -> None:
-    """Say what is at least of this level: `logging.INFO`, …"""
+    """Show messages of at least this level: `logging.INFO`, …"""
     enable_default_handler()
     for root in ROOTS:
         logging.getLogger(root).setLevel(verbosity)
@@ -63,7 +63,7 @@ set_verbosity_error = partial(set_verbosity, ERROR)
 
 
 def enable_default_handler() -> None:
-    """Write to the standard error, once; the level is TRLX_VERBOSITY's, or INFO."""
+    """Add a handler that writes to standard error, if there is none yet. The level is TRLX_VERBOSITY, by default INFO."""
     if _state["handler"] is not None:
         return
     _state["handler"] = logging.StreamHandler()
@@ -74,7 +74,7 @@ def enable_default_handler() -> None:
 
 
 def disable_default_handler() -> None:
-    """Leave writing to others."""
+    """Remove the handler that writes to standard error."""
     for root in ROOTS:
         if _state["handler"] is not None:
             logging.getLogger(root).removeHandler(_state["handler"])
@@ -82,7 +82,7 @@ def disable_default_handler() -> None:
 
 
 def _default_level() -> int:
-    """Raises ConfigError for a TRLX_VERBOSITY that is none."""
+    """Level from TRLX_VERBOSITY, by default INFO. Raises ConfigError for an unknown one."""
     wanted = os.environ.get("TRLX_VERBOSITY", "info").lower()
     if wanted not in LEVELS:
         raise ConfigError(unknown("TRLX_VERBOSITY", wanted, LEVELS))
@@ -90,27 +90,27 @@ def _default_level() -> int:
 
 
 def enable_explicit_format() -> None:
-    """Begin every line with its level, file and time."""
+    """Prefix every line with level, file and time."""
     enable_default_handler()
     _state["handler"].setFormatter(logging.Formatter(EXPLICIT))
 
 
 def reset_format() -> None:
-    """Say the message alone."""
+    """Log the message alone, without a prefix."""
     enable_default_handler()
     _state["handler"].setFormatter(None)
 
 
 def is_progress_bar_enabled() -> bool:
-    """Whether training and sampling show how far they are."""
+    """True if training and sampling show progress bars."""
     return _state["progress"]
 
 
 def enable_progress_bar() -> None:
-    """Show how far training and sampling are."""
+    """Show progress bars of training and sampling."""
     _state["progress"] = True
 
 
 def disable_progress_bar() -> None:
-    """Do not."""
+    """Hide progress bars."""
     _state["progress"] = False
