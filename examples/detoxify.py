@@ -1,10 +1,10 @@
-"""A less toxic language model: PPO with a classifier of hate speech as reward, after a long tradition of GPT-J.
+"""A less toxic language model: PPO with a hate-speech classifier as the reward.
 
     python examples/detoxify.py --model EleutherAI/gpt-j-6b
     python examples/detoxify.py                              the same with a model of 125 million parameters
 
-Prompts are beginnings of comments that tend to go on badly (RealToxicityPrompts, arXiv:2009.11462). The reward is the
-classifier's log-odds of "nothate". Of large models, an adapter is trained.
+Prompts are beginnings of comments that language models tend to complete with toxic text (RealToxicityPrompts,
+arXiv:2009.11462). The reward is the classifier's log-odds of "nothate". `--adapter` trains a LoRA adapter, for large models.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trl import PPOConfig, PPOTrainer
 from trl.rewards.classifier import ClassifierReward
 
 LEAST_TOXIC = 0.3
-"""Prompts that are less toxic than this teach little."""
+"""Prompts with a lower toxicity score are dropped: their completions are seldom toxic."""
 
 
 def toxic_prompts(name: str) -> Dataset:
-    """Prompts of comments in `allenai/real-toxicity-prompts`, or of a dataset that has a column `prompt` already."""
+    """Prompts of comments in `allenai/real-toxicity-prompts`, or of a dataset whose column `prompt` has texts."""
     rows = load_dataset(name, split="train")
     if isinstance(rows[0]["prompt"], str):
         return rows.select_columns(["prompt"])

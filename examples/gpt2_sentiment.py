@@ -1,10 +1,10 @@
-"""GPT-2 learns to write positive film reviews; a BERT classifier of sentiment rewards. PPO, arXiv:1909.08593.
+"""GPT-2 learns to write positive film reviews: PPO with a BERT sentiment classifier as the reward. arXiv:1909.08593.
 
-    python examples/gpt2_sentiment.py                    query, sample, score, step, by hand
-    python examples/gpt2_sentiment.py --loop train       the same by PPOTrainer.train()
+    python examples/gpt2_sentiment.py                    your own loop: query, sample, score, PPOTrainer.step()
+    python examples/gpt2_sentiment.py --loop train       the same with PPOTrainer.train()
 
-The model is given the first words of a review, and rewarded by the classifier's log-odds of "positive". After some 100
-steps most continuations are positive; `objective/kl` says how far the model has moved for that.
+The model completes the first words of a review; the reward is the classifier's log-odds of "positive". After about 100
+steps most completions are positive; `objective/kl` is the KL from the initial model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def openings(name: str, tokenizer: AutoTokenizer, *, seed: int, longest: int = 8
 def by_hand(
     config: PPOConfig, name: str, tokenizer: AutoTokenizer, reward: ClassifierReward, prompts: Dataset
 ) -> PPOTrainer:
-    """Every round: continue some openings, score what was written, take PPO's steps."""
+    """In each round, sample completions of some openings, score them, and take PPO's optimizer steps."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(name)
     trainer = PPOTrainer(config, model, create_reference_model(model), tokenizer)
     for start in range(0, config.max_steps * config.batch_size, config.batch_size):
@@ -56,7 +56,7 @@ def by_hand(
 def by_train(
     config: PPOConfig, name: str, tokenizer: AutoTokenizer, reward: ClassifierReward, prompts: Dataset
 ) -> PPOTrainer:
-    """The same, without a loop of one's own."""
+    """The same with the trainer's loop."""
     trainer = PPOTrainer(
         args=config, model=name, reward_funcs=reward, train_dataset=prompts, processing_class=tokenizer
     )

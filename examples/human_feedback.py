@@ -1,10 +1,10 @@
-"""A person in the loop: the model continues some queries, you mark what it wrote, and it learns from that by PPO.
+"""Human feedback in the loop: the model completes some queries, you rate the responses, and PPO trains it on your ratings.
 
-    trl demo                                          makes a small model that writes film reviews
+    trl demo                                          trains a small model that writes film reviews
     python examples/human_feedback.py trl-demo/sft
 
-Marks are kept in ratings.jsonl, on which `RewardTrainer` can train a model that marks in your place. `q` ends it; the model
-is then in human-feedback/.
+Ratings are saved in ratings.jsonl, on which `RewardTrainer` can train a reward model. `q` ends the loop, and saves the model in
+human-feedback/.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""An algorithm of one's own in the online loop: advantages and loss are two methods, the rest is the library's.
+"""Your own algorithm in the online loop: implement two methods, `advantages` and `loss`; the trainer does the rest.
 
-RAFT (Dong et al. 2023, arXiv:2304.06767): of each prompt's samples, learn from the best by imitation.
+RAFT (Dong et al. 2023, arXiv:2304.06767): fine-tune on the best sample of each prompt.
 
     python examples/own_algorithm.py MODEL
 """

@@ -1,4 +1,4 @@
-"""GRPO as one visible loop, from the stations alone: sample, reward, compare with the group, learn. No trainer.
+"""GRPO as one visible loop, without a trainer: sample, reward, compute advantages within the group, update the policy.
 
     A_i = (r_i − mean r) / std r          loss = −min(ρ A, clip(ρ, 1 ± ε) A)          arXiv:2402.03300
 
@@ -20,7 +20,7 @@ PROMPTS = [Prompt([LETTERS.index(letter) for letter in word]) for word in ("the"
 
 
 def reward(ids):
-    """The share of the letter a."""
+    """Fraction of the letters that are "a"."""
     return sum(LETTERS[i] == "a" for i in ids) / len(ids)
 
 
@@ -30,14 +30,16 @@ def main(steps=40, samples=8, length=12):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(LETTERS), eos_token_id=0, pad_token_id=0, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     engine, algorithm = LocalEngine(model, progress=False), GRPO()
-    layout = choose_layout(model, "auto", multiple_completions=True)  # "shared": a prompt is read once for its group
+    layout = choose_layout(
+        model, "auto", multiple_completions=True
+    )  # "shared": each prompt is processed once for its group
     curve = []
     for step in range(steps):
-        # rollout: `samples` completions of every prompt, with the log-probabilities that they were drawn with
+        # rollout: `samples` completions of every prompt, with their log-probabilities under the sampler
         engine.sync(model, step)
         rollouts = engine.generate(PROMPTS, SamplingParams(max_new_tokens=length, seed=step), samples)
         groups = [example_of(Example(p.ids, ()), each) for p, each in zip(PROMPTS, rollouts, strict=True)]
-        # evaluation: a number for each completion, and what the algorithm makes of the numbers of a group
+        # evaluation: a reward for each completion, and advantages relative to the group
         rewards = torch.tensor([reward(rollout.ids) for each in rollouts for rollout in each])
         experience = experience_of(groups, rewards)
         experience = experience.with_signals(old_logprobs=experience.signals["sampler_logprobs"])

@@ -1,10 +1,10 @@
-"""All of RLHF with adapters only: one base model is in memory, policy, values, reference and reward model are its adapters.
+"""RLHF with LoRA adapters: policy, values, reference and reward model share one base model in memory.
 
     python examples/rlhf_adapters.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized
 
-1. an adapter learns to imitate the chosen answers (SFT), and is merged into the base
-2. an adapter learns to tell chosen from rejected answers (reward model)
-3. an adapter learns to earn that reward (PPO); the reference is the base with no adapter on, the reward model the base with
+1. SFT trains an adapter on the chosen answers, and merges it into the base
+2. a reward model is trained as a second adapter, on chosen and rejected answers
+3. PPO trains a third adapter on that reward; the reference is the base with adapters disabled, the reward model the base with
    the adapter of step 2
 """
 
@@ -33,7 +33,7 @@ def adapter(task: str = "CAUSAL_LM") -> LoraConfig:
 
 
 def imitate(name: str, pairs: Dataset, folder: Path, steps: int) -> str:
-    """Step 1; gives the folder of the base with the adapter merged."""
+    """Step 1: SFT. Returns the folder of the base model with the merged adapter."""
     rows = pairs.rename_column("chosen", "completion").remove_columns("rejected")
     args = SFTConfig(output_dir=str(folder / "sft"), learning_rate=2e-4, max_steps=steps, save_strategy="no")
     trainer = SFTTrainer(name, args, train_dataset=rows, peft_config=adapter())
@@ -46,7 +46,7 @@ def imitate(name: str, pairs: Dataset, folder: Path, steps: int) -> str:
 
 
 def learn_rewards(base: str, pairs: Dataset, folder: Path, steps: int) -> str:
-    """Step 2; gives the folder of the reward model's adapter."""
+    """Step 2: reward model. Returns the folder of its adapter."""
     args = RewardConfig(
         output_dir=str(folder / "reward"),
         learning_rate=1e-4,
@@ -61,7 +61,7 @@ def learn_rewards(base: str, pairs: Dataset, folder: Path, steps: int) -> str:
 
 
 def reinforce(base: str, reward: str, pairs: Dataset, folder: Path, given: argparse.Namespace) -> None:
-    """Step 3."""
+    """Step 3: PPO."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(base, peft_config=adapter(), reward_adapter=reward)
     args = PPOConfig(
         output_dir=str(folder / "ppo"),
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def explicit_prompts(pairs: Dataset) -> Dataset:
-    """Pairs with a column `prompt`: what both sides begin with, where there is none yet."""
+    """Pairs with a column `prompt`; if it is missing, it is the common beginning of both answers."""
     from trl import extract_prompt
 
     if "prompt" not in pairs.column_names:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A trainer and a server on two hosts, tried on one machine: two network namespaces with a cable between them, and a folder that
-# both see, as hosts of a cluster see a shared file system. As root, with Debian's iproute2:
+# Run a trainer and a rollout server as on two hosts, on one machine: in two network namespaces, connected by a veth pair, with a
+# shared folder in place of a cluster's shared file system. Run it as root; it needs Debian's iproute2:
 #
 #   examples/two_hosts.sh MODEL PROMPTS.jsonl REWARD [options of trl grpo]
 #
-# What follows "on the server's host" and "on the trainer's host" is what one types on two machines.
+# On two real machines, run the commands under "on the server's host" and "on the trainer's host", without `ip netns exec`.
 set -euo pipefail
 model=$1 prompts=$2 reward=$3
 shift 3

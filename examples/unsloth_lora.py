@@ -2,9 +2,9 @@
 
     python examples/unsloth_lora.py --model Qwen/Qwen2.5-0.5B-Instruct                    16 bits
     python examples/unsloth_lora.py --model Qwen/Qwen2.5-0.5B-Instruct --load_in_4bit     QLoRA
-    python examples/unsloth_lora.py --tiny                                                a look, without a GPU and the hub
+    python examples/unsloth_lora.py --tiny                                                a quick test, without a GPU or the hub
 
-How unsloth is installed beside trl stands in docs/lora.md. It is imported before all others, since it changes them.
+docs/lora.md says how to install unsloth together with trl. It must be imported first, since it patches other libraries.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def conversations(rows: Dataset) -> Dataset:
 
 
 def is_right(completions: list, answer: list[str], **_: object) -> list[float]:
-    """1 where the last number of a completion is that of the answer."""
+    """Reward function: 1 if the last number of the completion equals that of the answer, else 0."""
     return [float(last_number(c[0]["content"]) == last_number(a)) for c, a in zip(completions, answer, strict=True)]
 
 
@@ -60,7 +60,7 @@ def last_number(text: str) -> str | None:
 
 
 def write_tiny_model(folder: Path, rows: Dataset) -> str:
-    """A Llama with random weights, and a tokenizer of the rows."""
+    """Save a Llama with random weights, and a tokenizer trained on the rows; return the folder."""
     tokenizer = train_tokenizer([*rows["question"], *rows["answer"]], vocab_size=300)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     tokenizer.chat_template = CHATML

@@ -1,9 +1,9 @@
-"""Sums and products to be worked out: problems, a verifier, a tokenizer of characters, and a model that a CPU trains.
+"""Arithmetic task: problems, a verifier, a character tokenizer, and a model small enough to train on a CPU.
 
     "7+5=" → "12"        "7*5=" → "35"
 
-Operations on two digits. The examples to imitate are noisy: most of their answers are wrong. A verifier, which needs no
-examples, knows which answers are right.
+Problems are sums and products of two digits. The examples for fine-tuning are noisy: most of their answers are wrong. The
+verifier computes which answers are right.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PROBLEMS = {
 """Question → answer."""
 CHARACTERS = "0123456789+*="
 LONGEST = 3
-"""Tokens of an answer, with the end of the sequence."""
+"""Maximum number of tokens of an answer, including EOS."""
 
 
 def noisy_rows(count: int = 6000, *, right: float = 0.35, seed: int = 0) -> Dataset:
-    """Questions with answers, of which the share `right` is right, and the others miss by one or two."""
+    """Questions with answers, of which the fraction `right` is right, and the others are off by one or two."""
     numbers = random.Random(seed)
     questions = numbers.choices(list(PROBLEMS), k=count)
     slips = [0 if numbers.random() < right else numbers.choice((-2, -1, 1, 2)) for _ in questions]
@@ -67,7 +67,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def accuracy(model: nn.Module, *, samples: int = 4, seed: int = 0) -> float:
-    """The share of right answers, of `samples` to every question."""
+    """Fraction of right answers among `samples` sampled answers to every question."""
     tokenizer, rows = make_tokenizer(), question_rows()
     engine = LocalEngine(model, tokenizer, progress=False)
     prompts = [Prompt(tokenizer(text)["input_ids"]) for text in rows["prompt"]]

@@ -1,4 +1,4 @@
-"""Imitate noisy arithmetic, then learn the right answers from a verifier: `python run.py --seed 0`."""
+"""Fine-tune on noisy arithmetic, then learn the right answers from a verifier by GRPO: `python run.py --seed 0`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "html
 
 
 class Curve(TrainerCallback):
-    """Prints how the reward moves."""
+    """Prints the reward of each logged step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "reward" in logs:
@@ -24,7 +24,7 @@ class Curve(TrainerCallback):
 
 
 def imitate(*, seed: int = 0) -> LlamaForCausalLM:
-    """A model that answers as the noisy examples do."""
+    """Make a model, and fine-tune it on the noisy examples."""
     torch.manual_seed(seed)
     model = make_model()
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def imitate(*, seed: int = 0) -> LlamaForCausalLM:
 
 
 def learn(model: LlamaForCausalLM, *, seed: int = 0) -> None:
-    """Train `model` in place: of eight answers to a question, the right ones become likelier."""
+    """Train `model` in place by GRPO, with eight answers per question."""
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
             output_dir=folder,

@@ -35,13 +35,13 @@ METHODS = {
         | {"logging_steps": 8, "lr_scheduler_type": "linear"},
     ),
 }
-"""Trainer, its configuration, and the options that matter. A rollout batch is 8 walks from each of the 20 starts."""
+"""Trainer, its configuration class, and options. A rollout batch has 8 walks from each of the 20 starts."""
 
 QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
 
 
 class Curve(TrainerCallback):
-    """Rewards walks, counts the tokens sampled for them, and prints how the reward moves."""
+    """Reward function that counts sampled tokens, and callback that prints the reward of each logged step."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -61,7 +61,7 @@ class Curve(TrainerCallback):
 
 
 def pretrain(*, seed: int = 0) -> GPT2LMHeadModel:
-    """A model that walks at random along the edges."""
+    """Make a model, and fine-tune it on random walks along the edges."""
     torch.manual_seed(seed)
     model = make_model()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def pretrain(*, seed: int = 0) -> GPT2LMHeadModel:
 
 
 def learn(model: GPT2LMHeadModel, method: str, *, seed: int = 0, engine: RolloutEngine | None = None) -> Curve:
-    """Train `model` in place, towards short walks; on samples of `engine`, or of the model in process."""
+    """Train `model` in place towards short walks, on samples of `engine`, by default of the model in process."""
     trainer_class, config_class, options = METHODS[method]
     curve = Curve()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Shortest paths, learned from random walks: a task for reinforcement learning that a CPU does in a minute.
+"""Shortest paths on a graph: a reinforcement-learning task that a CPU solves in a minute.
 
-    optimality(walk) = (10 − length) / (10 − shortest length from its start),   0 where it is illegal or does not arrive
+    optimality(walk) = (10 − length) / (10 − shortest length from its start),   0 if it is illegal or misses the goal
 
-A directed graph of 21 nodes; node 0 is the goal and absorbs. A node is a letter and a token; a walk is a word, such as
+A directed graph of 21 nodes; node 0 is the goal, where walks end. A node is a letter and a token; a walk is a word, such as
 "kfa". The goal's token ends the sequence. Lengths count nodes, both ends included. The task was posed for decision
 transformers (arXiv:2106.01345).
 """
@@ -26,11 +26,11 @@ NODES = "abcdefghijklmnopqrstu"
 GOAL = 0
 STARTS = range(1, len(NODES))
 LONGEST = 10
-"""Nodes of a walk, at most."""
+"""Maximum number of nodes of a walk."""
 
 
 def make_graph(seed: int = 1000) -> np.ndarray:
-    """Adjacency, (21, 21) bool: each edge present with probability 0.1, redrawn until every node has a way out."""
+    """Adjacency, (21, 21) bool: each edge present with probability 0.1, redrawn until every node has an outgoing edge."""
     numbers = np.random.RandomState(seed)
     while True:
         edges = numbers.random_sample((len(NODES), len(NODES))) > 0.9
@@ -70,7 +70,7 @@ SHORTEST = shortest_lengths()
 
 
 def optimality(walk: Sequence[int]) -> float:
-    """How near to the shortest a walk is, 0 to 1. What comes after the goal does not count."""
+    """Optimality of a walk, 0 to 1: 1 for a shortest one. Nodes after the goal are ignored."""
     if GOAL not in walk:
         return 0.0
     length = walk.index(GOAL) + 1
@@ -85,7 +85,7 @@ def near_shortest(prompts: list[str], completion_ids: list[list[int]], **_: obje
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per node, its number the node's; the goal ends a sequence."""
+    """One token per node, whose id is the number of the node; the goal is EOS."""
     vocabulary = {letter: node for node, letter in enumerate([*NODES, "?", "_"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -114,7 +114,7 @@ def start_rows(copies: int = 1) -> Dataset:
 
 
 def mean_optimality(model: torch.nn.Module, *, samples: int = 50, seed: int = 0) -> float:
-    """Over `samples` walks from each start."""
+    """Mean optimality of `samples` sampled walks from each start."""
     engine = LocalEngine(model, progress=False)
     params = SamplingParams(max_new_tokens=LONGEST - 1, seed=seed)
     sampled = engine.generate([Prompt((node,)) for node in STARTS], params, n=samples)

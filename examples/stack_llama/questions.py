@@ -1,4 +1,4 @@
-"""Questions and answers of Stack Exchange, in the forms that the three steps take."""
+"""Questions and answers of Stack Exchange, as rows for each of the three steps, and common options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT = "Question: {question}\n\nAnswer: "
 
 
 def parser(about: str, *, output_dir: str, steps: int) -> argparse.ArgumentParser:
-    """What all three steps take."""
+    """Command-line parser with the options that all three steps have."""
     made = argparse.ArgumentParser(description=about)
     made.add_argument("--model", default="meta-llama/Llama-2-7b-hf")
     made.add_argument("--dataset", default="lvwerra/stack-exchange-paired")
@@ -45,5 +45,5 @@ def adapter() -> LoraConfig:
 
 
 def quantization(given: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of a trainer."""
+    """Keyword arguments of a trainer, for `--load_in_4bit`."""
     return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)} if given.load_in_4bit else {}

@@ -1,4 +1,4 @@
-"""StackLlama, step 2: an adapter learns which of two answers has more votes."""
+"""StackLlama, step 2: train a reward model, as an adapter, to rank the answer with more votes higher."""
 
 from __future__ import annotations
 

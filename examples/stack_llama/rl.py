@@ -1,4 +1,4 @@
-"""StackLlama, step 3: an adapter learns by PPO to earn what the reward model of step 2 gives; both share one base model."""
+"""StackLlama, step 3: PPO trains an adapter on the reward model of step 2; both share one base model."""
 
 from __future__ import annotations
 

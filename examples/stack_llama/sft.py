@@ -1,4 +1,4 @@
-"""StackLlama, step 1: an adapter learns to answer as the answers with most votes do; it is merged at the end."""
+"""StackLlama, step 1: SFT trains an adapter on the answers with more votes, and merges it into the model."""
 
 from __future__ import annotations
 

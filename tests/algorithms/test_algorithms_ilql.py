@@ -62,7 +62,7 @@ def test_a_completion_without_an_action_has_no_reward():
 
 
 def test_rewards_of_another_shape_are_refused():
-    with pytest.raises(DataError, match=r"\[N\] or \[N,C\], with a mask \(2, 4\) shape \(2, 1\)"):
+    with pytest.raises(DataError, match=r"shape \(2, 1\) for a mask of shape \(2, 4\)"):
         place_rewards(torch.zeros(2, 1), MASK)
 
 

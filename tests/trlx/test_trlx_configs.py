@@ -168,7 +168,7 @@ def test_what_is_missing_is_said(tmp_path):
     whole = default_ppo_config().to_dict()
     with pytest.raises(ConfigError, match="The configuration lacks method: it has the sections method, model"):
         TRLConfig.from_dict({name: whole[name] for name in SECTIONS if name != "method"})
-    with pytest.raises(ConfigError, match="method.name is missing: PPOConfig, ILQLConfig"):
+    with pytest.raises(ConfigError, match="method.name is missing: give PPOConfig, ILQLConfig"):
         TRLConfig.from_dict({**whole, "method": {}})
     with pytest.raises(ConfigError, match="TrainConfig needs 'total_steps', 'seq_length'"):
         TRLConfig.from_dict({**whole, "train": {"epochs": 1}})

@@ -74,10 +74,10 @@ def test_an_output_alone_has_a_beginning_before_it():
 @pytest.mark.parametrize(
     ("dialogue", "words"),
     [
-        (["a", "b", "c"], "their number is even: found 3"),
-        ([], "their number is even: found 0"),
-        (["a", 1], "a list of prompts and outputs in turn; found"),
-        (3, "a list of prompts and outputs in turn; found 3"),
+        (["a", "b", "c"], "their number must be even: found 3"),
+        ([], "their number must be even: found 0"),
+        (["a", 1], "a list in which prompts and outputs alternate; found"),
+        (3, "a list in which prompts and outputs alternate; found 3"),
     ],
 )
 def test_dialogues_that_are_none(dialogue, words):
@@ -89,7 +89,7 @@ def test_rows_of_dialogues():
     messages = tokenize_dialogue(["ab", "c"], make_tokenizer())
     assert dialogue_row(messages) == {"input_ids": [*ids("abc"), EOS], "completion_mask": [0, 0, 1, 1]}
     assert dialogue_row(messages, encoder_decoder=True) == {"input_ids": [*ids("ab")], "labels": [*ids("c"), EOS]}
-    with pytest.raises(DataError, match="one prompt and writes one output: found 4 turns"):
+    with pytest.raises(DataError, match="one prompt and one output per sample: found 4 turns"):
         dialogue_row(tokenize_dialogue(["a", "b", "c", "d"], make_tokenizer()), encoder_decoder=True)
 
 

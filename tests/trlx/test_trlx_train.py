@@ -307,7 +307,7 @@ def samples_and(**arguments):
             default_ilql_config,
             samples_and(samples=[["a"]] * 4),
             DataError,
-            r"samples\[0\]: A dialogue has prompts and outputs",
+            r"samples\[0\]: In a dialogue, prompts and outputs alternate",
         ),
         (default_ilql_config, samples_and(reward_fn=longer), ConfigError, "reward_fn and rewards are both given"),
         (default_ilql_config, {"rewards": [1.0]}, ConfigError, "rewards are given without samples"),
@@ -358,7 +358,7 @@ def test_arguments_that_do_not_go_together(config_of, default, arguments, error,
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train.seq_length": 4}, "train.seq_length=4 leaves no token for a prompt, as .*max_new_tokens=4"),
+        ({"train.seq_length": 4}, "train.seq_length=4 leaves no token for a prompt, with .*max_new_tokens=4"),
         ({"model.model_arch_type": "seq2seq"}, "model_arch_type='seq2seq', but .* is 'causal'"),
         ({"model.model_arch_type": "encoder"}, "Unknown model.model_arch_type 'encoder'"),
         ({"method.scale_reward": "sometimes"}, "Unknown method.scale_reward 'sometimes'"),
