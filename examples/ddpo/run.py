@@ -1,11 +1,11 @@
-"""Teach a small diffusion model to draw, and then what to draw: `python run.py --method ddpo|grpo|nft|dpo`.
+"""Pre-train a small diffusion model on drawings, then fine-tune it: `python run.py --method ddpo|grpo|nft|dpo`.
 
-    ddpo   a UNet shaped as Stable Diffusion 2, DDPO             ┐ reward: what share of a picture's colour is red, where none
-    grpo   a transformer shaped as Stable Diffusion 3, Flow-GRPO │ is asked for (or how well it compresses, --reward jpeg)
+    ddpo   a UNet shaped as Stable Diffusion 2, DDPO             ┐ reward: the fraction of a picture's colour that is red, for
+    grpo   a transformer shaped as Stable Diffusion 3, Flow-GRPO │ prompts without a colour (--reward jpeg: compression)
     nft    the same transformer, DiffusionNFT                   ┘
     dpo    the same transformer, Diffusion-DPO                     pairs: red and yellow preferred to green and blue
 
-With --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 it is DDPO on a real model, for aesthetic pictures.
+--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 runs DDPO on a real model, with an aesthetic reward.
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"per_device_train_batch_size": 32, "learning_rate": 5e-4, "beta": 500.0, "max_steps": 40},
     ),
 }
-"""Trainer, its configuration, and the options that matter."""
+"""Trainer, its configuration class, and options."""
 
 
 class Curve(TrainerCallback):
-    """Prints how the reward, or the share of pairs that are ranked right, moves; `points` keeps step, value and distance."""
+    """Prints the reward, or the accuracy on pairs, of each step; `points` are (step, value, distance to the reference)."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float, float | None]] = []
@@ -143,8 +143,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimizer steps; by default as many as the method needs")
     parser.add_argument("--output_dir", default="ddpo-output")
-    parser.add_argument("--pipeline_dir", help="keep the small pipeline here, and take it from here when it is there")
-    parser.add_argument("--model_name_or_path", help="a Stable Diffusion, for the aesthetic reward")
+    parser.add_argument(
+        "--pipeline_dir", help="folder to save the small pipeline in, and to load it from in later runs"
+    )
+    parser.add_argument("--model_name_or_path", help="a Stable Diffusion model, to train on the aesthetic reward")
     return parser.parse_args()
 
 
@@ -152,7 +154,7 @@ def parse() -> argparse.Namespace:
 
 
 def small_pipeline(arguments: argparse.Namespace) -> Any:
-    """A pipeline that draws, made now or before."""
+    """The pre-trained small pipeline, loaded from `--pipeline_dir` if it is there, else trained now."""
     kind = KINDS[arguments.method]
     folder = Path(arguments.pipeline_dir) / kind if arguments.pipeline_dir else None
     if folder is None or not folder.is_dir():
@@ -194,11 +196,11 @@ def preferences(count: int, *, seed: int) -> Dataset:
     return Dataset.from_dict(rows)
 
 
-# ---- what came of it ----
+# ---- evaluation ----
 
 
 def pictures(trainer: Any, prompts: list[str], seed: int) -> torch.Tensor:
-    """A picture of each prompt, from noise that training has not seen."""
+    """A picture of each prompt, from noise that training does not use."""
     seeds = [seed_of(1000 + seed, 0, i) for i in range(len(prompts))]
     return trainer.draw(prompts, seeds, trainer.evaluation_schedule())[1]
 
@@ -210,7 +212,7 @@ def mean_reward(trainer: Any, arguments: argparse.Namespace) -> float:
 
 
 def share_preferred(trainer: Any, arguments: argparse.Namespace) -> float:
-    """Of pictures of "a circle" and "a square", how many are red or yellow more than green or blue."""
+    """Fraction of pictures of "a circle" and "a square" that are closer to red or yellow than to green or blue."""
     images = pictures(trainer, [*PLAIN] * 64, arguments.seed)
     hues = torch.stack([get_hue_reward(color)(images) for color in DRAWN])
     preferred = torch.tensor([color in PREFERRED for color in DRAWN])
@@ -219,8 +221,9 @@ def share_preferred(trainer: Any, arguments: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def divergence(trainer: Any, first: nn.Module, arguments: argparse.Namespace) -> float:
-    """Mean exact KL of a step to the model as it was, per dimension, along trajectories of the trained model: of steps that are
-    trained on, or would be.
+    """Mean exact KL of a denoising step to the model before training, per dimension, on trajectories of the trained model.
+
+    The mean is over the steps that the method trains on; for methods without such steps, over all stochastic ones.
     """
     denoiser, prompts = trainer.denoiser, [*PLAIN] * 16
     schedule = denoiser.schedule(6, eta=NOISE[KINDS[arguments.method]])
@@ -241,7 +244,7 @@ def divergence(trainer: Any, first: nn.Module, arguments: argparse.Namespace) ->
 
 
 def train_a_real_model(arguments: argparse.Namespace) -> None:
-    """DDPO for the aesthetic reward on animals, as in the paper; needs a GPU."""
+    """DDPO with the aesthetic reward on prompts of animals, as in the paper; needs a GPU."""
     args = DiffusionDDPOConfig(
         output_dir=arguments.output_dir,
         seed=arguments.seed,

@@ -1,4 +1,4 @@
-"""Settings of the scripts of these folders: a default configuration, what the local task changes of it, and the command line."""
+"""Settings of the example scripts: default configurations, changes for the local task, and the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Settings = Mapping[str, Any]
 
 
 def configuration(default: TRLConfig, local: Settings, hparams: Settings | None, *, model: str) -> TRLConfig:
-    """`default` for `model` and its tokenizer, changed by `local`, and then by `hparams`."""
+    """`default` with `model` and its tokenizer, updated by `local`, and then by `hparams`."""
     named = {"model.model_path": model, "tokenizer.tokenizer_path": model, "train.tracker": None}
     for changes in (named, local, hparams or {}):
         default = TRLConfig.update(default, changes)
@@ -23,22 +23,22 @@ def configuration(default: TRLConfig, local: Settings, hparams: Settings | None,
 
 
 def constant_rate(rate: float) -> dict[str, float]:
-    """Settings of a learning rate that stays."""
+    """Settings of a constant learning rate."""
     return {"optimizer.kwargs.lr": rate, "scheduler.kwargs.eta_min": rate}
 
 
 def cosine(rate: float, steps: int) -> dict[str, float]:
-    """Settings of a learning rate that falls to nearly nothing in so many steps."""
+    """Settings of a learning rate that decays to 1e-5 over `steps`."""
     return {"optimizer.kwargs.lr": rate, "scheduler.kwargs.T_max": steps, "scheduler.kwargs.eta_min": 1e-5}
 
 
 def default_rft_config() -> TRLConfig:
-    """Rejection-sampling fine-tuning, of which trlX has no default."""
+    """Default configuration of rejection-sampling fine-tuning, for which trlX has none."""
     method = RFTConfig(gen_kwargs={"max_new_tokens": 40, "do_sample": True})
     default = TRLConfig.update(default_ppo_config(), {"train.trainer": "AccelerateRFTTrainer"})
     return TRLConfig.from_dict({**default.to_dict(), "method": method.to_dict()})
 
 
 def from_command_line() -> dict[str, Any]:
-    """The settings that a script is given as JSON; none where it is given nothing."""
+    """Settings from the script's first argument, as JSON; empty without one."""
     return json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}

@@ -1,4 +1,4 @@
-"""What the scripts of these folders work on: small local things, or with TRLX_EXAMPLES=hub those that have names.
+"""Models and data of the example scripts: small local ones, or with TRLX_EXAMPLES=hub those from the hub.
 
 | | local | hub |
 |---|---|---|
@@ -27,7 +27,7 @@ from trl.demo.reviews import load_reviews
 HUB = os.environ.get("TRLX_EXAMPLES") == "hub"
 FOLDER = Path(os.environ.get("TRLX_EXAMPLES_FOLDER", "ckpts/stand-ins"))
 STEPS = 60
-"""Optimizer steps by which the local model learns the reviews."""
+"""Optimizer steps of training the local model on the reviews."""
 
 
 @cache

@@ -1,10 +1,10 @@
-"""Pictures whose truth is known, since they are drawn here: coloured shapes in the four corners of 32 × 32 pixels.
+"""Generated pictures whose objects are known: coloured shapes in the four corners of 32 × 32 pixels.
 
     picture   a red circle, nothing, a blue square, nothing
     caption   "there is a red circle and a blue square"           questions   "is there a green circle ?"  →  "no"
 
-Most captions to imitate name one more thing, the one that is often named beside what is there: so do models that saw
-tables with chairs. Pairs set a true caption against such a one; CHAIR and POPE need no examples, they know what was drawn.
+Most captions for SFT name one additional object, which often occurs together with those in the picture, as chairs do with
+tables. Pairs for DPO have a true caption and such a one; CHAIR and POPE only need the objects that were drawn.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from trl.vision.processing import ImageProcessing
 COLOURS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 220)}
 SHAPES = ("circle", "square", "cross")
 THINGS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-"""Everything that can be in a picture: nine things."""
+"""The nine objects that can be in a picture."""
 
 SIDE, PAPER = 32, (250, 250, 250)
 SPREAD = 0.1
 """Standard deviation of fresh weights, about 1/√64: with the usual 0.02, attention of so narrow a model hardly sees the picture."""
 
 LONGEST = 24
-"""Tokens of a caption."""
+"""Maximum number of tokens of a caption."""
 CAPTION, QUESTION, COLOUR = "describe the picture", "is there a {} ?", "which colour is the {} ?"
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -82,12 +82,12 @@ def caption(things: Sequence[str]) -> str:
 
 
 def is_held_out(picture: Pictures.Image) -> bool:
-    """Whether a picture is kept for evaluation: a fifth of the 2,484 that there are, by their pixels."""
+    """True if a picture is held out for evaluation: a fifth of the 2,484 possible ones, by a hash of the pixels."""
     return zlib.crc32(picture.tobytes()) % 5 == 0
 
 
 Scene = tuple[list[str], Pictures.Image, random.Random]
-"""What is drawn, in the order of `THINGS`; the picture; and numbers for what else is drawn by lot."""
+"""The objects, in the order of `THINGS`; the picture; and a random generator for further choices."""
 
 
 def _scene(numbers: random.Random) -> Scene:
@@ -96,13 +96,13 @@ def _scene(numbers: random.Random) -> Scene:
 
 
 def scenes(count: int, seed: int, *, held_out: bool = False) -> list[Scene]:
-    """Scenes of one to three things, only such whose picture is held out, or only others."""
+    """Scenes of one to three objects; either only held-out pictures, or only the others."""
     drawn = (_scene(random.Random(seed * 1_000_003 + i)) for i in itertools.count())
     return list(itertools.islice((scene for scene in drawn if is_held_out(scene[1]) == held_out), count))
 
 
 def with_companion(things: Sequence[str]) -> list[str]:
-    """The things, and one that is not there but is often named with the last of them: the next shape in the same colour."""
+    """Add an object that is not there, but occurs often with the last one: the next shape in the same colour."""
     for thing in reversed(things):
         colour, shape = thing.split()
         companion = f"{colour} {SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]}"
@@ -127,9 +127,9 @@ def _dataset(rows: list[dict[str, Any]]) -> Dataset:
 
 
 def imitation_rows(count: int, *, hallucinated: float = 0.6, seed: int = 1) -> Dataset:
-    """What to imitate, four rows a picture.
+    """Rows for SFT, four per picture.
 
-    The share `hallucinated` of captions names one thing too many, and of answers about things that are not there says yes.
+    A fraction `hallucinated` of the captions names an additional object, and of the answers about absent objects says yes.
     Answers about colours are right.
     """
     rows = []
@@ -145,18 +145,18 @@ def imitation_rows(count: int, *, hallucinated: float = 0.6, seed: int = 1) -> D
 
 
 def _present_and_absent(things: Sequence[str], numbers: random.Random) -> tuple[str, str]:
-    """A thing that is there, and one that is not."""
+    """A random object that is there, and one that is not."""
     return numbers.choice(things), numbers.choice([thing for thing in THINGS if thing not in things])
 
 
 def _told_apart(things: Sequence[str]) -> list[str]:
-    """The things that are the only one of their shape; all of them where there is none, of which the first is meant."""
+    """The objects that are the only one of their shape, so that their colour can be asked for; if none is, the first object."""
     shapes = [thing.split()[1] for thing in things]
     return [t for t, shape in zip(things, shapes, strict=True) if shapes.count(shape) == 1] or [things[0]]
 
 
 def pair_rows(count: int, *, seed: int = 2) -> Dataset:
-    """Pairs of a true caption and one with a thing too many."""
+    """Pairs of a true caption and one with an additional object."""
     return _dataset(
         [
             {
@@ -171,13 +171,13 @@ def pair_rows(count: int, *, seed: int = 2) -> Dataset:
 
 
 def prompt_rows(count: int, *, seed: int = 3, held_out: bool = False) -> Dataset:
-    """Prompts for captions, with the things that are there."""
+    """Prompts for captions, with the objects that are there."""
     made = scenes(count, seed, held_out=held_out)
     return _dataset([{"prompt": user(CAPTION), "images": [p], "objects": things} for things, p, _ in made])
 
 
 def question_rows(count: int, *, seed: int = 4, held_out: bool = False) -> Dataset:
-    """POPE's questions: about a thing that is there, and one that is not, of every picture."""
+    """POPE's questions: for every picture, one about an object that is there and one about an object that is not."""
     rows = []
     for things, picture, numbers in scenes(count, seed, held_out=held_out):
         for asked in _present_and_absent(things, numbers):
@@ -187,7 +187,7 @@ def question_rows(count: int, *, seed: int = 4, held_out: bool = False) -> Datas
 
 
 def colour_rows(count: int, *, seed: int = 6, held_out: bool = False) -> Dataset:
-    """Questions about the colour of a thing, with the answer."""
+    """Questions about the colour of an object, with the answer."""
     rows = []
     for things, picture, numbers in scenes(count, seed, held_out=held_out):
         colour, shape = numbers.choice(_told_apart(things)).split()
@@ -196,7 +196,7 @@ def colour_rows(count: int, *, seed: int = 6, held_out: bool = False) -> Dataset
 
 
 def make_processor() -> LlavaProcessor:
-    """One token per word, four for a picture; paper is 0, so that only what is drawn tells pictures apart."""
+    """Processor with one token per word and four per picture; the background is normalised to 0."""
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     words = [
         "user",
@@ -233,7 +233,7 @@ def make_processor() -> LlavaProcessor:
 
 
 def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """A LLaVA whose picture has four patches, with a tower of 1 layer and a Llama of 2 layers × 64."""
+    """A LLaVA with four patches per picture, a vision tower of 1 layer, and a Llama of 2 layers × 64."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     words = make_processor().tokenizer
@@ -261,7 +261,7 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def answers(model: nn.Module, rows: Dataset, *, tokens: int) -> list[str]:
-    """What the model finds most likely after each row's prompt."""
+    """The model's greedy completion of each row's prompt."""
     processor = make_processor()
     processing = ImageProcessing.of(processor, model.config)
     prompts = []
@@ -279,7 +279,7 @@ def answers(model: nn.Module, rows: Dataset, *, tokens: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model says of new pictures: CHAIR of its captions, POPE's table, and the share of right colours."""
+    """Metrics on held-out pictures: CHAIR of captions, POPE scores, and accuracy on colours."""
 
     chair: ChairScores
     pope: PopeScores
@@ -287,13 +287,13 @@ class Measured:
     captions: list[str]
 
     def numbers(self) -> dict[str, float]:
-        """The figures by name."""
+        """The metrics by name."""
         chair = {"CHAIR_i": self.chair.chair_i, "CHAIR_s": self.chair.chair_s, "recall": self.chair.recall}
         return {**chair, "POPE F1": self.pope.f1, "colours": self.colours}
 
 
 def evaluate(model: nn.Module, *, count: int = 200) -> Measured:
-    """The model's most likely answers on pictures that are held out: it has seen none of them."""
+    """Evaluate the model's greedy answers on held-out pictures."""
     prompts, questions, colours = (
         rows(count, seed=5, held_out=True) for rows in (prompt_rows, question_rows, colour_rows)
     )

@@ -1,4 +1,4 @@
-"""Two plots, drawn with Pillow: bars of figures by stage, and pictures with what models say of them."""
+"""Two plots, drawn with Pillow: bars of metrics by stage, and pictures with the models' captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEIGHT, BAR, GAP, MARGIN = 160, 34, 28, 40
 
 
 def bars(figures: Mapping[str, Mapping[str, float]]) -> Image.Image:
-    """A group of bars per figure, from 0 to 1, with one bar per stage."""
+    """A group of bars per metric, from 0 to 1, with one bar per stage."""
     names = list(next(iter(figures.values())))
     group = BAR * len(figures) + GAP
     plot = Image.new("RGB", (2 * MARGIN + group * len(names), HEIGHT + 2 * MARGIN + 24), PAPER)

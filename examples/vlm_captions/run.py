@@ -1,8 +1,8 @@
-"""Captions with fewer things that are not there: imitate, then DPO on pairs, or GRPO with CHAIR and POPE as rewards.
+"""Captions with fewer hallucinated objects: SFT, then DPO on pairs, or GRPO with CHAIR and POPE as rewards.
 
-python run.py                                          a tiny LLaVA on pictures that are drawn here: minutes on a CPU
+python run.py                                          a tiny LLaVA on generated pictures: minutes on a CPU
 python run.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset_name openbmb/RLAIF-V-Dataset
-                                                       DPO of a real model on real pairs, by adapters
+                                                       DPO of a real model on real pairs, with an adapter
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _train(cls: type, model: nn.Module, config: Any, rows: Any, **more: Any) -> 
 
 
 def imitate(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
-    """Captions and answers of which most hold something that is not there."""
+    """SFT on captions and answers, most of which hallucinate an object."""
     config = SFTConfig(
         folder, max_steps=steps, per_device_train_batch_size=64, learning_rate=3e-3, lr_scheduler_type="cosine",
         warmup_steps=20, seed=seed, **QUIET,
@@ -64,9 +64,9 @@ def imitate(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Modul
 
 
 def prefer(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
-    """True captions against those with a thing too many.
+    """DPO on pairs of a true caption and one with an additional object.
 
-    Both begin alike, so that only the end of a caption is learned: a small β teaches to end it before all is named.
+    The two differ only at their end, so DPO learns when to stop: with a small β, the model stops before all objects are named.
     """
     config = DPOConfig(
         folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=3e-5, lr_scheduler_type="cosine",
@@ -76,7 +76,7 @@ def prefer(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module
 
 
 def reinforce(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Module:
-    """Captions by CHAIR and answers by POPE, in one run: a reward counts for the rows that it has a column of."""
+    """GRPO on captions, with CHAIR, and on answers, with POPE: each reward applies to the rows that have its column."""
     config = GRPOConfig(
         folder, max_steps=steps, per_device_train_batch_size=128, num_generations=8, learning_rate=3e-4,
         lr_scheduler_type="linear", beta=0.0, max_completion_length=LONGEST, seed=seed, **QUIET,
@@ -86,7 +86,7 @@ def reinforce(model: nn.Module, folder: str, *, steps: int, seed: int) -> nn.Mod
 
 
 def run(*, seed: int = 0, steps: tuple[int, int, int] = (600, 60, 250), count: int = 200) -> dict[str, Measured]:
-    """CHAIR, POPE and colours after imitation, and after DPO and GRPO that start from there."""
+    """Measure CHAIR, POPE and colours after SFT, and after DPO and GRPO, which both start from the SFT model."""
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         imitator = imitate(make_model(seed), folder, steps=steps[0], seed=seed)
@@ -99,13 +99,13 @@ def run(*, seed: int = 0, steps: tuple[int, int, int] = (600, 60, 250), count: i
 
 
 def show(name: str, measured: Measured) -> Measured:
-    """Print a row of figures, and hand them on."""
+    """Print the metrics of a stage, and return them."""
     print(f"{name:5}", *(f"{key} {value:.3f} " for key, value in measured.numbers().items()), flush=True)
     return measured
 
 
 def write(measured: dict[str, Measured], folder: Path) -> None:
-    """The figures, a plot of them, and ten new pictures with what each stage says of them and what was drawn."""
+    """Write the metrics, a plot of them, and ten held-out pictures with each stage's captions and the true ones."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {name: each.numbers() for name, each in measured.items()}
     (folder / "measured.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -119,7 +119,7 @@ def write(measured: dict[str, Measured], folder: Path) -> None:
 
 
 def real(model: str, dataset: str, folder: str, *, max_pixels: int) -> None:
-    """DPO of a model of the hub on pairs with images, `question, image, chosen, rejected`, by adapters."""
+    """DPO of a model from the hub, with an adapter, on rows of `question, image, chosen, rejected`."""
     from datasets import load_dataset
     from peft import LoraConfig
 

@@ -1,4 +1,4 @@
-"""ILQL of dialogues: chosen answers are rewarded, rejected ones are not."""
+"""ILQL on dialogues: chosen answers have reward 1, rejected ones −1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PPO of dialogues, rewarded by how much of the chosen answer is said."""
+"""PPO of dialogues, with the overlap with the chosen answer as the reward."""
 
 from __future__ import annotations
 

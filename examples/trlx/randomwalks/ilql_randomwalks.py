@@ -1,4 +1,4 @@
-"""ILQL of 1,000 random walks towards the shortest, without a sample in training: `python ilql_randomwalks.py`."""
+"""ILQL on 1,000 random walks, offline, towards the shortest walks: `python ilql_randomwalks.py`."""
 
 from __future__ import annotations
 

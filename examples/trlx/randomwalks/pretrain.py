@@ -1,4 +1,4 @@
-"""A model that walks at random: fine-tuned on the random walks, to begin PPO and RFT with."""
+"""Fine-tune a model on random walks, as the initial policy of PPO and RFT."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def walking_model(folder: str, walks: list[str], seed: int) -> str:
-    """The folder of a model that imitates `walks`, trained there if it is not there yet."""
+    """Fine-tune a model on `walks` and save it to `folder`, unless it is there already; return the folder."""
     if (Path(folder) / "config.json").is_file():
         return folder
     own = {"model.model_path": model_config(), "train.checkpoint_dir": f"{folder}-training", "train.seed": seed}
@@ -43,7 +43,7 @@ def walking_model(folder: str, walks: list[str], seed: int) -> str:
 
 
 def shorten_walks(config: TRLConfig) -> Any:
-    """Train the walking model, by the method that `config` names, to walk to the goal on the shortest way."""
+    """Train the fine-tuned model towards shortest walks, by the method of `config`."""
     metric_fn, prompts, walks, _ = generate_random_walks()
     walking_model(config.model.model_path, walks, config.train.seed)
     return trlx.train(

@@ -1,6 +1,6 @@
-"""Shortest walks on a graph, as a task of texts: what the scripts of this folder learn.
+"""Shortest walks on a graph, as texts: the task of the scripts in this folder.
 
-    optimality(walk) = (10 − length) / (10 − length of the shortest from its start),   0 where it is illegal or does not arrive
+    optimality(walk) = (10 − length) / (10 − length of the shortest from its start),   0 if it is illegal or misses the goal
 
 A graph has 21 nodes, each a letter; the first is the goal. A walk is a word, from another node along edges to the goal, of 10
 letters at most. The task was posed for decision transformers (arXiv:2106.01345).
@@ -24,7 +24,7 @@ END, PAD = "|", "_"
 def generate_random_walks(
     n_nodes: int = 21, max_length: int = 10, n_walks: int = 1000, p_edge: float = 0.1, seed: int = 1000
 ) -> tuple[Callable, list[str], list[str], np.ndarray]:
-    """`metric_fn` that gives the optimality of samples, prompts (all starts), random walks, and which steps are no edges."""
+    """Return `metric_fn` for the optimality of samples, prompts (all starts), random walks, and the mask of missing edges."""
     numbers = np.random.RandomState(seed)
     while True:
         edges = numbers.random_sample((n_nodes, n_nodes)) > 1 - p_edge
@@ -56,7 +56,7 @@ def generate_random_walks(
 
 
 def _lengths(edges: np.ndarray, limit: int) -> list[int]:
-    """Nodes on the shortest walk from each node to the first; at most `limit`."""
+    """Number of nodes on the shortest walk from each node to node 0; at most `limit`."""
     lengths = {0: 1}
     waiting = deque([0])
     while waiting:
@@ -69,7 +69,7 @@ def _lengths(edges: np.ndarray, limit: int) -> list[int]:
 
 
 def make_tokenizer(folder: str | Path, n_nodes: int = 21) -> str:
-    """Write a tokenizer of letters to `folder`, and give its name."""
+    """Save a tokenizer of letters to `folder`; return the folder."""
     vocabulary = {token: i for i, token in enumerate([*LETTERS[:n_nodes], END, PAD])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -80,7 +80,7 @@ def make_tokenizer(folder: str | Path, n_nodes: int = 21) -> str:
 
 
 def model_config(n_nodes: int = 21) -> GPT2Config:
-    """A GPT-2 of 6 layers × 144, to be trained from the start."""
+    """A GPT-2 of 6 layers × 144, with random weights."""
     end = n_nodes
     return GPT2Config(
         n_layer=6,

@@ -10,8 +10,8 @@ from pretrain import FOLDER, shorten_walks
 from settings import configuration, cosine, default_rft_config, from_command_line
 
 GOAL, END = 0, 21
-"""Tokens at which samples end. What follows the goal is not judged; with it, one good walk would be kept as many, until most of what
-is learned from is such."""
+"""Tokens at which samples end. The reward ignores what follows the goal; if it were sampled, one good walk with many endings would be
+kept as many different samples, and dominate training."""
 
 LOCAL = {
     "train": {

@@ -1,4 +1,4 @@
-"""ILQL of reviews and their sentiment, sampled with several strengths of guidance."""
+"""ILQL on reviews, with their sentiment as the reward; evaluated with several strengths of guidance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ILQL of an encoder-decoder: summaries of people are rewarded, the beginnings of posts are not."""
+"""ILQL of an encoder-decoder: human summaries have reward 1, beginnings of posts 0."""
 
 from __future__ import annotations
 

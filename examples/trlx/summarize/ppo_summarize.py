@@ -1,4 +1,4 @@
-"""PPO of summaries, rewarded by what they share with those of people."""
+"""PPO of summaries, with the overlap with human summaries as the reward."""
 
 from __future__ import annotations
 
