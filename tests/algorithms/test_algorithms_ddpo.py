@@ -42,7 +42,12 @@ def test_advantages_are_clipped():
 
 
 def test_equal_rewards_teach_nothing():
-    assert not standardized(torch.full((5,), 0.3)).any()
+    """In float32 the mean of seven times 0.1 is not 0.1, and the deviation hardly more than its error."""
+    rewards = torch.full((7,), 0.1)
+    assert not standardized(rewards).any()
+    for min_count in (1, 7, 8):
+        mean, _ = PromptStatistics(buffer_size=8, min_count=min_count).update(["a"] * 7, rewards)
+        assert torch.equal(mean, rewards)
 
 
 def test_statistics_of_prompts():
@@ -67,7 +72,10 @@ def test_statistics_of_prompts_are_part_of_a_checkpoint():
     first, second = PromptStatistics(4, 1), PromptStatistics(4, 1)
     first.update(["a", "b", "a"], torch.tensor([1.0, 2.0, 3.0]))
     second.load_state_dict(first.state_dict())
-    more = (["a", "b"], torch.tensor([5.0, 6.0]))
+    more = (
+        ["a", "b", "a", "a"],
+        torch.tensor([5.0, 6.0, 7.0, 8.0]),
+    )  # the fifth reward of a takes the place of its first
     assert [each.tolist() for each in first.update(*more)] == [each.tolist() for each in second.update(*more)]
 
 
@@ -80,14 +88,14 @@ def steps(old, advantages):
 
 
 def test_loss_by_hand():
-    """ρ = e^0.1, e^−0.1, e^0.1, e^−0.1 at ε = 0.05; A = 1, 1, −1, −1."""
-    batch = steps([0.0] * 4, [1.0, 1.0, -1.0, -1.0])
-    logprobs = torch.tensor([[0.1], [-0.1], [0.1], [-0.1]])
+    """ρ = e^0.1, e^−0.1, e^0.1, e^−0.1, e^0.01 at ε = 0.05; A = 1, 1, −1, −1, 1."""
+    batch = steps([0.0] * 5, [1.0, 1.0, -1.0, -1.0, 1.0])
+    logprobs = torch.tensor([[0.1], [-0.1], [0.1], [-0.1], [0.01]])
     loss, metrics = DDPO(clip_range=0.05).loss(Scores(logprobs), batch)
-    expected = [-1.05, -math.exp(-0.1), math.exp(0.1), 0.95]
+    expected = [-1.05, -math.exp(-0.1), math.exp(0.1), 0.95, -math.exp(0.01)]
     assert loss.flatten().tolist() == pytest.approx(expected, rel=1e-6)
-    assert metrics["clipfrac"].flatten().tolist() == [1, 0, 0, 1]
-    assert metrics["approx_kl"].flatten().tolist() == pytest.approx([0.005] * 4)
+    assert metrics["clipfrac"].flatten().tolist() == [1, 0, 0, 1, 0]
+    assert metrics["approx_kl"].flatten().tolist() == pytest.approx([0.005] * 4 + [0.00005])
 
 
 def test_at_the_old_policy_the_gradient_is_that_of_reinforce():

@@ -29,6 +29,7 @@ def test_dpo_at_the_reference_is_ln_2():
 def test_errors_are_means_over_dimensions():
     output, target = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 0.0]]])
     assert squared_error(output, target).tolist() == [5]
+    assert squared_error(output, output + 2).tolist() == [4]
     with pytest.raises(ShapeError, match="squared_error: target"):
         squared_error(output, target[0])
     with pytest.raises(ShapeError, match=r"\[P\]"):
@@ -76,6 +77,23 @@ def test_optimality():
     assert found.tolist() == [0, 0, 0.5, 0.75, 1]
     with pytest.raises(ConfigError, match="advantage_clip"):
         optimality(torch.zeros(1), bound=0)
+
+
+def test_the_size_of_an_error_has_no_gradient():
+    """v = 3 errs by 2 of 1 (r = 1): the gradient of 2² / 2 with the 2 below held is 2 · 2 / 2, of |2| alone it would be 1."""
+    output = torch.tensor([[3.0]], requires_grad=True)
+    diffusion_nft(output, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1), beta=1.0).sum().backward()
+    assert output.grad.tolist() == [[2.0]]
+
+
+def test_half_precision_is_widened_first():
+    a, b, c = (torch.randn(1, 64, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(3))
+    assert torch.equal(squared_error(a, b), squared_error(a.float(), b.float()))
+    found, exact = (
+        diffusion_nft(*x, torch.ones(1), torch.ones(1), beta=0.5)
+        for x in ([a, b, c], map(torch.Tensor.float, [a, b, c]))
+    )
+    assert torch.equal(found, exact)
 
 
 def test_nft_shapes_have_to_agree():

@@ -111,6 +111,7 @@ def test_clipped_tokens_by_hand():
     torch.testing.assert_close(loss, torch.tensor(expected))
     assert metrics["clip_ratio/high_mean"].tolist() == [[1, 0, 0], [0, 0, 0]]
     assert metrics["clip_ratio/low_mean"].tolist() == [[0, 0, 0], [1, 0, 0]]
+    assert metrics["clip_ratio/region_mean"].tolist() == [[1, 0, 0], [1, 0, 0]]
 
 
 def test_second_bound_by_hand():
@@ -168,6 +169,13 @@ def test_vespo_by_hand():
     weight = math.exp(3 * -0.5 + 2 * (1 - math.exp(-0.5)))
     torch.testing.assert_close(loss[1], weight * torch.tensor(NEW[1]))
     torch.testing.assert_close(metrics["vespo/phi_seq_mean"], torch.tensor([1.0, weight]))
+
+
+def test_vespo_of_a_positive_advantage_by_hand():
+    """W = e^−½ in row 1, with k = 2 and λ = 3."""
+    loss, _ = loss_of(GRPO(surrogate=VESPO()), advantages=(-1.0, 0.5))
+    weight = math.exp(2 * -0.5 + 3 * (1 - math.exp(-0.5)))
+    torch.testing.assert_close(loss[1], -0.5 * weight * torch.tensor(NEW[1]))
 
 
 def test_geometric_mean_of_clipped_ratios_by_hand():
@@ -361,6 +369,8 @@ def test_correction_takes_part_in_the_loss():
     plain, _ = loss_of(GRPO(), sampler_logprobs=SAMPLER)
     found, _ = loss_of(GRPO(correction=Correction("sequence_mask")), sampler_logprobs=SAMPLER)
     torch.testing.assert_close(found, plain * torch.tensor([[0.0], [0.5]]))
+    _, metrics = loss_of(GRPO(correction=Correction("token_mask")), sampler_logprobs=SAMPLER)
+    assert metrics["sampling/masked_share"].tolist() == [[0, 0, 1], [0, 0, 0]], "4 is above 3, and 1/4 would not be"
 
 
 def test_advantages_per_token_are_taken_as_they_are():

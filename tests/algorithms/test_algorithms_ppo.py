@@ -28,6 +28,9 @@ def experience(**signals):
     return Experience(rewards=torch.tensor([1.0, -2.0]), group=torch.tensor([0, 1]), mask=MASK, signals=signals)
 
 
+ROUND = Experience(torch.tensor([4.0, 2.0, math.nan]), torch.arange(3), torch.ones(3, 1), {"kl": torch.ones(3, 1)})
+
+
 def scored(experience: Experience) -> Experience:
     return PPO().with_scores(experience)
 
@@ -54,6 +57,21 @@ def test_other_penalties_by_hand(penalty, kl):
     full = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
     found = PPO(kl_penalty=penalty).with_token_rewards(scored(experience(full_kl=full))).signals["kl"]
     torch.testing.assert_close(found, torch.tensor(kl))
+
+
+@pytest.mark.parametrize(
+    ("options", "scores"),
+    [
+        ({}, [4, 2, 0]),
+        ({"score_clip": 3.0}, [3, 2, 0]),
+        ({"use_score_scaling": True}, [2, 1, 0]),
+        ({"use_score_scaling": True, "use_score_norm": True}, [1, 0, -1]),
+        ({"use_score_scaling": True, "use_score_norm": True, "score_clip": 0.75}, [0.75, 0, -0.75]),
+    ],
+)
+def test_scores_by_hand(options, scores):
+    """Rewards 4, 2 and none, which counts as 0: their mean is 2, and their standard deviation."""
+    assert PPO(**options).with_scores(ROUND).signals["scores"].tolist() == pytest.approx(scores)
 
 
 def test_rewards_of_tokens_stand_in_place_of_the_score():
@@ -193,10 +211,10 @@ def test_loss_and_metrics_by_hand():
 
 
 def test_values_that_the_bound_holds_back_are_counted():
-    """Old value 0, ε = 0.2, value 1: a return of 2 is nearer to 1 than to 0.2, returns of 0.5 and 0.2 are not."""
+    """Old value 0, ε = 0.2, value 1: a return of 0.7 is nearer to 1 than to 0.2, returns of 0.5 and 0.2 are not."""
     zeros = torch.zeros(1, 3)
     signals = {name: zeros[0].tolist() for name in ("old_logprobs", "advantages", "values")}
-    completion = Completion([5, 6, 7], signals={**signals, "returns": [2.0, 0.5, 0.2]})
+    completion = Completion([5, 6, 7], signals={**signals, "returns": [0.7, 0.5, 0.2]})
     batch = lay_out([Example([3], (completion,))])
     _, metrics = PPO().loss(Scores(logprobs=zeros, value=torch.ones(1, 3)), batch)
     assert metrics["val/clipfrac"].tolist() == [[1, 0, 0]]
@@ -239,6 +257,15 @@ def test_the_algorithm_moves_on_with_its_controller():
     assert algorithm.controller.coefficient == 1.0
 
 
+def test_a_checkpoint_holds_the_coefficient_and_the_moments():
+    later = PPO(use_score_scaling=True, controller=AdaptiveKL(1.0, 0.5, 3)).after_round(ROUND)
+    assert (later.controller.coefficient, later.moments) == (pytest.approx(1.2), RunningMoments(3, 2.0, 8.0))
+    resumed = PPO(use_score_scaling=True)
+    resumed.load_state_dict(later.state_dict())
+    assert (resumed.controller.coefficient, resumed.moments) == (later.controller.coefficient, later.moments)
+    assert PPO().after_round(ROUND).moments == RunningMoments(), "which nothing reads where scores are not scaled"
+
+
 def test_running_moments_are_those_of_everything_seen():
     moments = RunningMoments().updated(torch.tensor([1.0, 3.0])).updated(torch.tensor([5.0, 7.0, 9.0]))
     assert (moments.count, moments.mean) == (5, 5.0)
@@ -251,6 +278,8 @@ def test_running_moments_are_those_of_everything_seen():
 def test_scores_that_do_not_vary_are_not_scaled():
     assert RunningMoments().updated(torch.tensor([4.0])).std == 1
     assert RunningMoments().updated(torch.tensor([4.0, 4.0])).std == 1
+    assert RunningMoments().updated(torch.full((7,), 0.1)).std == 1, "whose mean is not 0.1 in float32"
+    assert RunningMoments().updated(torch.tensor([0.0, 0.2])).std == pytest.approx(math.sqrt(0.02))
 
 
 # ---- errors ----

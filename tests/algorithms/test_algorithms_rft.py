@@ -71,6 +71,7 @@ def test_one_prompt_keeps_its_best():
 def test_samples_without_a_reward_are_never_kept():
     rewards, group = torch.tensor([torch.nan, 2.0, torch.nan, torch.nan]), torch.tensor([0, 0, 1, 1])
     assert selected(rewards, group, list("abcd"), 0.5).tolist() == [False, True, False, False]
+    assert not reached(torch.full((4,), torch.nan), group, 0.5).any()
 
 
 def test_a_higher_percentile_keeps_a_part_of_what_a_lower_one_keeps():
@@ -101,6 +102,15 @@ def test_the_algorithm_selects_at_the_percentile_of_its_step():
     every, best = (replace(algorithm, step=k).advantages(Experience(REWARDS, GROUP, mask)) for k in (0, 1))
     assert every.signals["reached"].tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]  # the lowest threshold is raised by ε
     assert best.signals["reached"].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_the_step_rises_with_every_selection_and_is_part_of_a_checkpoint():
+    given = Experience(REWARDS, GROUP, torch.ones(len(REWARDS), 1))
+    later, resumed = RFT().after_round(given).after_round(given), RFT()
+    resumed.load_state_dict(later.state_dict())
+    assert (RFT().step, later.step, resumed.step) == (0, 2, 2)
+    with pytest.raises(ConfigError, match="n_improve_steps=0"):
+        RFT(n_improve_steps=0)
 
 
 def test_the_loss_is_that_of_fine_tuning():

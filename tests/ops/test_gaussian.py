@@ -47,3 +47,12 @@ def test_one_deviation_per_latent():
         gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1))
     with pytest.raises(ShapeError, match="gaussian_logprob: mean has shape"):
         gaussian_logprob(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2))
+
+
+def test_half_precision_is_widened_first():
+    x, mean, other = (torch.randn(1, 64, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(3))
+    sd = torch.tensor([0.7]).bfloat16()
+    wide = sd.float()
+    assert torch.equal(gaussian_logprob(x, mean, sd), gaussian_logprob(x.float(), mean.float(), wide))
+    assert torch.equal(gaussian_kl(mean, other, sd), gaussian_kl(mean.float(), other.float(), wide))
+    assert torch.equal(gaussian_entropy(sd), gaussian_entropy(wide))

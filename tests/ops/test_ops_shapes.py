@@ -43,6 +43,7 @@ def test_further_dimensions_are_the_same_for_all():
         return latents
 
     assert noised(ones(2, 3, 4), ones(2, 3, 4), ones(2)).shape == (2, 3, 4)
+    assert noised.__doc__.endswith("Shapes: latents [M,...], noise [M,...], level [M].")
     assert noised(ones(2), ones(2), ones(2)).shape == (2,)
     for wrong in (ones(2, 3), ones(2, 3, 5), ones(3, 3, 4), ones(())):
         with pytest.raises(ShapeError, match=r"noised: noise has shape .* but \[M \.\.\.\] is expected"):

@@ -73,7 +73,7 @@ def awac_weights(q: Tensor, values: Tensor, *, beta: float) -> Tensor:
 @torch.no_grad()
 def polyak_update(target: Sequence[Tensor], source: Sequence[Tensor], *, alpha: float) -> None:
     """θ' ← α θ + (1 − α) θ', in place; α = 1 copies. Both lists have parameters of the same shapes, `[I,J]` or any other."""
-    torch._foreach_lerp_(list(target), [tensor.detach() for tensor in source], alpha)
+    torch._foreach_lerp_(list(target), list(source), alpha)
 
 
 @dataclass(kw_only=True)

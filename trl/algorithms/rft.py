@@ -36,8 +36,7 @@ def thresholds(rewards: Tensor, group: Tensor, p: float) -> Tensor:
 
     NaN rewards are left out; a prompt without any reward has threshold +∞.
     """
-    count = int(group.max()) + 1 if len(group) else 0
-    members = [rewards[(group == g) & ~rewards.isnan()].double() for g in range(count)]
+    members = [rewards[(group == g) & ~rewards.isnan()].double() for g in range(int(group.max()) + 1)]
     quantiles = torch.stack([each.quantile(p) if len(each) else each.new_tensor(torch.inf) for each in members])
     known = quantiles[quantiles.isfinite()]
     if not len(known):

@@ -18,8 +18,6 @@ from trl.ops.shapes import shapes
 @shapes(x="...", mask="...")
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of `x [N,C]` where `mask [N,C]` is 1: a scalar, or `[N]` with `dim=-1`; 0 where the mask is empty."""
-    if dim is None:
-        return (x * mask).sum() / mask.sum().clamp(min=1)
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
