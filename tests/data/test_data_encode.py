@@ -155,6 +155,16 @@ def test_only_the_assistant_in_completions(chatml):
     assert texts(whole, chatml) == ("", ["green<|im_end|>blue<|im_end|>green<|im_end|>"])
 
 
+def test_a_turn_that_the_generation_prompt_has_begun_is_trained_on_from_there(make):
+    tokenizer = make.tokenizer("marked")
+    for written in ("{% generation %}", "assistant\n{% endif %}"):
+        opened = written.replace("{% endif %}", "<think>{% endif %}").replace("tion %}", "tion %}<think>")
+        tokenizer.chat_template = tokenizer.chat_template.replace(written, opened)
+    example = only([{"prompt": ASK, "completion": BLUE}], tokenizer, assistant_only_loss=True)
+    assert texts(example, tokenizer)[1] == ["blue<|im_end|>"]
+    assert texts(example, tokenizer)[0].endswith("assistant\n<think>")
+
+
 @pytest.mark.parametrize("implicit", [False, True])
 def test_preferences_share_the_prompt(chatml, implicit):
     row = (
@@ -313,6 +323,12 @@ def test_rows_left_without_a_trained_token_are_dropped_counted_and_said(plain, c
     assert caplog.records[-1].levelno == logging.WARNING
 
 
+@pytest.mark.parametrize("loss", ["truncated", "unscored", "identical", "overlong", "long"])
+def test_a_report_of_a_loss_is_a_warning(caplog, loss):
+    EncodingReport(rows=1, pretrained_length=8, **{loss: 1}).log()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
 def test_a_report_without_losses_is_no_warning(plain, caplog):
     with caplog.at_level(logging.INFO):
         encoded([{"text": "sky"}], plain)
@@ -364,6 +380,14 @@ def test_a_stream_is_encoded_alike_and_counted_as_it_goes(chatml):
     assert stream.report.rows_in == 0
     assert list(stream.dataset) == list(table.dataset)
     assert stream.report == table.report
+
+
+def test_a_stream_drops_the_same_rows(plain):
+    rows = Dataset.from_list([{"prompt": "sky", "completion": " blue"}, {"prompt": "sky" * 9, "completion": " blue"}])
+    settings = EncodeSettings(max_length=8)
+    table, stream = (encode_dataset(r, plain, settings=settings) for r in (rows, rows.to_iterable_dataset()))
+    assert list(stream.dataset) == list(table.dataset)
+    assert (len(table.dataset), stream.report.unscored) == (1, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -559,6 +583,11 @@ def test_limits_of_the_model_are_those_of_rows(plain, settings, words):
         encoded(rows, plain, **settings)
     if "positions" in settings:
         assert len(encoded(rows, plain, max_length=9, **settings).dataset) == 2
+    else:
+        last = max(token for ids in lengths for token in ids)
+        assert len(encoded(rows, plain, embedded=last + 1).dataset) == 2
+        with pytest.raises(DataError, match="has no embedding"):
+            encoded(rows, plain, embedded=last)
 
 
 def test_prompts_leave_room_for_a_completion(plain):

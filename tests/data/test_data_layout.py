@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -78,7 +76,9 @@ def test_encoder_decoder_by_hand():
     assert batch.inputs["input_ids"].tolist() == [[10, 11, 12], [5, 9, 9]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.inputs["decoder_input_ids"].tolist() == [[7, 20, 9], [7, 30, 31], [7, 9, 9]]
+    assert batch.inputs["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
     assert batch.predictor.tolist() == [[0, 1, 0], [3, 4, 5], [6, 0, 0]]
+    assert batch.position.tolist() == batch.predictor.tolist(), "the decoder reads a token one position later"
     assert batch.last.tolist() == [1, 5, 6]
     assert batch.example.tolist() == [0, 0, 1]
 
@@ -87,15 +87,18 @@ def test_the_last_token_of_an_empty_completion_is_within_the_batch():
     batch = lay_out_encoder_decoder([Example([5], (Completion([]),))], pad_token_id=9, decoder_start_token_id=7)
     assert batch.last.tolist() == [0]
     assert not batch.mask.any()
+    shared = lay_out([Example([5, 6], (Completion([7]), Completion([]))), Example([], (Completion([]),))], "shared")
+    assert shared.last.tolist() == [2, 1, 0], "of nothing it is that of its prompt"
 
 
 def test_signals_per_sequence_per_token_and_missing():
     a = Completion([1, 2], signals={"reward": 3.0, "advantage": [0.5, 0.25]})
     b = Completion([3], signals={"advantage": [1.0]})
-    signals = lay_out([Example([7], (a, b))]).signals
+    signals = lay_out([Example([7], (a, b, Completion([4])))]).signals
     assert signals["reward"][0] == 3.0
-    assert math.isnan(signals["reward"][1])
-    assert signals["advantage"].tolist() == [[0.5, 0.25], [1.0, 0.0]]
+    assert signals["reward"][1:].isnan().all()
+    assert signals["advantage"][:2].tolist() == [[0.5, 0.25], [1.0, 0.0]]
+    assert signals["advantage"][2].isnan().all()
 
 
 def test_completion_mask_leaves_tokens_out():
