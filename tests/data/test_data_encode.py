@@ -85,6 +85,36 @@ def test_text_begins_with_bos_once_and_completions_without(make):
     assert texts(example, tokenizer) == ("<s>sky", [" blue</s>"])
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": ASK},
+        {"prompt": ASK, "completion": BLUE},
+        {"prompt": ASK, "chosen": BLUE, "rejected": GREEN},
+        {"messages": ASK + BLUE},
+    ],
+)
+def test_a_conversation_has_the_special_tokens_of_its_template_alone(make, row):
+    tokenizer = make.tokenizer("chatml", bos=True)
+    (example,) = examples([row], tokenizer)
+    ids = [*example.prompt, *(token for completion in example.completions for token in completion.ids)]
+    assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert tokenizer.bos_token_id not in ids
+
+
+def test_a_text_ends_with_eos_and_not_with_what_the_tokenizer_puts_after_it(make):
+    tokenizer = make.tokenizer()
+    closes = processors.TemplateProcessing(single="<s> $A <pad>", special_tokens=[("<s>", 1), ("<pad>", 0)])
+    tokenizer.backend_tokenizer.post_processor = closes
+    assert texts(only([{"text": "sky"}], tokenizer), tokenizer) == ("", ["<s>sky</s>"])
+    pair = only([{"chosen": "sky blue", "rejected": "sky green"}], tokenizer)
+    assert texts(pair, tokenizer) == ("<s>sky", [" blue</s>", " green</s>"])
+    assert texts(only([{"prompt": "sky"}], tokenizer), tokenizer)[0] == "<s>sky"
+    encoder = only([{"prompt": "sky", "completion": "blue"}], tokenizer, encoder_decoder=True)
+    assert texts(encoder, tokenizer) == ("<s>sky<pad>", ["blue</s>"])
+    assert texts(only([{"prompt": "sky"}], tokenizer, encoder_decoder=True), tokenizer)[0] == "<s>sky<pad>"
+
+
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_conversations(chatml, column):
     example = only([{column: ASK + BLUE}], chatml)
@@ -156,10 +186,12 @@ def test_only_the_assistant_in_completions(chatml):
 
 
 def test_a_turn_that_the_generation_prompt_has_begun_is_trained_on_from_there(make):
-    tokenizer = make.tokenizer("marked")
-    for written in ("{% generation %}", "assistant\n{% endif %}"):
-        opened = written.replace("{% endif %}", "<think>{% endif %}").replace("tion %}", "tion %}<think>")
-        tokenizer.chat_template = tokenizer.chat_template.replace(written, opened)
+    tokenizer = make.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}<think>"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    )
     example = only([{"prompt": ASK, "completion": BLUE}], tokenizer, assistant_only_loss=True)
     assert texts(example, tokenizer)[1] == ["blue<|im_end|>"]
     assert texts(example, tokenizer)[0].endswith("assistant\n<think>")
