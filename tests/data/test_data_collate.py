@@ -1,8 +1,12 @@
-"""The classic collator for answers."""
+"""The classic collator for answers, and streams that begin again."""
+
+from itertools import islice
 
 import pytest
+from datasets import Dataset
 
 from trl.data.completion_collator import DataCollatorForCompletionOnlyLM, occurrences
+from trl.data.examples import Endless
 from trl.errors import ConfigError, DataError
 
 RESPONSE, INSTRUCTION = [7, 8], [5]
@@ -73,3 +77,12 @@ def test_a_template_that_is_not_there_names_the_row(tokenizer):
 def test_mlm_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="mlm=True is masked language modelling"):
         DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=tokenizer, mlm=True)
+
+
+def test_a_shuffled_stream_begins_again_in_another_order():
+    stream = Dataset.from_dict({"number": range(8)}).to_iterable_dataset().shuffle(seed=0, buffer_size=8)
+    numbers = [row["number"] for row in islice(Endless(stream), 16)]
+    assert sorted(numbers[:8]) == sorted(numbers[8:]) == [*range(8)]
+    assert numbers[:8] != numbers[8:]
+    with pytest.raises(DataError, match="The stream of training rows is empty"):
+        next(iter(Endless(stream.filter(lambda row: False))))

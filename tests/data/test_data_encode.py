@@ -470,6 +470,8 @@ def test_the_second_encoding_comes_from_the_cache(plain, tmp_path, make):
     assert cached(plain) == 1
     assert cached(make.tokenizer()) == 1
     assert cached(plain, add_eos=False) == 2
+    assert cached(make.tokenizer("chatml")) == 3
+    assert cached(make.tokenizer(eos="<|im_end|>")) == 4
     assert tokenizer_key(plain) != tokenizer_key(make.tokenizer("chatml"))
 
 

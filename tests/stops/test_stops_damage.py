@@ -162,6 +162,8 @@ def test_files_do_not_count_for_rotation(tmp_path):
         ([3.0, 2.0, 1.5, float("inf")], 3),
         ([float("nan")], 0),
         ([-0.1, 0.1, -0.2, 0.3], None),
+        ([-3.0, -2.0], None),
+        ([1.0, 2.5, 5.0], 2),
         ([], None),
     ],
 )

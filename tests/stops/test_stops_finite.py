@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.conftest import MODELS, make_tokenizer
+from trl.data.layout import lay_out
 from trl.errors import ConfigError
 from trl.models.value_heads.auto_models import with_value_head
 from trl.trainers.dpo import DPOConfig, DPOTrainer
@@ -18,7 +20,18 @@ from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.sft import SFTConfig, SFTTrainer
 from trl.training.checkpoint import newest_checkpoint
 from trl.training.metrics import Meter
-from trl.training.nonfinite import NonFiniteError, SkippedSteps, is_finite, nonfinite_parameters, propagate_nonfinite
+from trl.training.nonfinite import (
+    NonFiniteError,
+    SkippedSteps,
+    Window,
+    is_finite,
+    items_with_bad_gradients,
+    items_with_bad_losses,
+    nonfinite_parameters,
+    propagate_nonfinite,
+)
+from trl.training.window import dummy_batch
+from trl.types import Completion, Example
 
 BAD = "Z"
 OPTIONS = {
@@ -254,6 +267,16 @@ def test_counts():
     other = SkippedSteps()
     other.load_state_dict(count.state_dict())
     assert other == count
+
+
+@pytest.mark.parametrize(("losses", "bad"), [([[1.0], [2.0], [math.nan], [3.0]], ["c"]), ([math.inf, 1.0], ["a"])])
+def test_items_are_found_by_their_losses(losses, bad):
+    """One each, or one for two neighbours; those of dummies belong to nobody."""
+    batch = lay_out([Example([1], (Completion([2]),))] * 4)
+    batch = replace(batch, weight=batch.mask)
+    window = Window([list("abcd")], [batch, dummy_batch(batch)], torch.zeros(()), ({}, {}))
+    assert items_with_bad_losses(window, lambda _: torch.tensor(losses)) == bad
+    assert items_with_bad_gradients(window, lambda item, batch: torch.zeros(()), []) == [], "nothing here is trained"
 
 
 def test_a_meter_goes_back():

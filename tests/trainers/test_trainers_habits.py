@@ -31,7 +31,7 @@ from trl import (
     SFTTrainer,
     clone_chat_template,
 )
-from trl.errors import ConfigError
+from trl.errors import ConfigError, ModelError
 from trl.rewards import accuracy_reward
 from trl.training.gradients import GradientCheck
 from trl.training.optimizers import check_optimizer, warn_of_rounded_steps
@@ -349,6 +349,24 @@ def test_a_parameter_without_a_gradient_is_named(make_model, tmp_path, caplog):
         sft(model, tmp_path, gradient_checkpointing=False).train()
     assert "got no gradient in the first backward pass" in caplog.text
     assert "layers.1.input_layernorm.layer.weight" in caplog.text
+    assert "lm_head" not in caplog.text, "which is not trained"
+
+
+def test_an_adapter_without_a_gradient_is_an_error():
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    check = GradientCheck(model)
+    model["head"](model["lora_A"](torch.ones(2)).detach()).sum().backward()
+    with pytest.raises(ModelError, match=r"2 trained parameters got no gradient .*: lora_A\.weight, lora_A\.bias"):
+        check.finish(model)
+
+
+def test_gradients_that_lie_elsewhere_are_not_missed():
+    """DeepSpeed takes them away before anybody sees them."""
+    model = torch.nn.Linear(2, 2)
+    check = GradientCheck(model)
+    model(torch.ones(2)).sum().backward()
+    model.zero_grad()
+    check.finish(model)
 
 
 def test_what_nothing_called_needs_no_gradient(caplog):

@@ -86,10 +86,16 @@ def test_micro_batches_are_dealt_to_counted_steps():
 
 
 def test_weights_of_a_window_sum_to_one_over_processes():
-    # 3 scored tokens here, 5 more and 100 tokens elsewhere.
-    batches, tokens = normalize_weights([BATCH], lambda b: b.mask, lambda local: local + torch.tensor([5.0, 100.0]))
+    # 3 scored tokens here, 5 more elsewhere, where there are so many tokens that float32 would lose some.
+    elsewhere = torch.tensor([5.0, 2.0**24])
+    batches, tokens = normalize_weights([BATCH], lambda b: b.mask, lambda local: local + elsewhere)
     assert batches[0].weight.tolist() == [pytest.approx([1 / 8, 1 / 8]), pytest.approx([1 / 8, 0])]
-    assert tokens == 100 + 5
+    assert tokens == 2**24 + 5
+
+
+def test_weights_below_one_are_normalised_as_well():
+    (found,), _ = normalize_weights([BATCH], lambda b: b.mask / 8, lambda local: local)
+    assert found.weight.tolist() == [pytest.approx([1 / 3, 1 / 3]), pytest.approx([1 / 3, 0])]
 
 
 def test_a_filler_takes_part_and_counts_nothing():
