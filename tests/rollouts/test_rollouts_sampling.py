@@ -7,9 +7,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, DataError
 from trl.rollouts.sampling import (
     SamplingParams,
+    asked_limit,
     ban,
     chosen_logprobs,
     draw,
@@ -17,7 +18,10 @@ from trl.rollouts.sampling import (
     penalize,
     stream,
     uniform,
+    with_banned,
+    with_limit,
     with_seed,
+    with_stop_tokens,
 )
 
 
@@ -110,10 +114,22 @@ def test_distribution(params, expected):
 
 
 def test_a_wide_nucleus_is_sorted_whole():
-    """1,000 equally likely tokens and a top-p that needs 900 of them."""
-    tokens = draw(torch.zeros(5000, 1000), SamplingParams(top_p=0.9), numbers(5000))
+    """1,000 equally likely tokens and a top-p that needs 900 of them, beside a row of which one is enough."""
+    logits = torch.zeros(5000, 1000)
+    logits[0, 0] = 100
+    tokens = draw(logits, SamplingParams(top_p=0.9), numbers(5000))
     assert len(tokens.unique()) > 850
     assert tokens.max() < 901
+
+
+@pytest.mark.parametrize(
+    ("params", "last"),
+    [({"top_p": 0.5}, 0), ({"min_p": 1.0}, 1), ({"min_p": 1.0, "top_p": 0.99}, 1), ({"min_p": 1.0, "top_k": 2}, 1)],
+)
+def test_bounds_that_two_equal_tokens_just_reach(params, last):
+    """The first alone reaches a mass of one half; the second is as likely as the most likely one."""
+    u = torch.tensor([1 - 2**-53], dtype=torch.double)
+    assert draw(torch.zeros(1, 2), SamplingParams(**params), u).item() == last
 
 
 def test_penalty_by_hand_and_as_in_transformers():
@@ -158,10 +174,44 @@ def test_generation_config_becomes_parameters():
     params = SamplingParams.from_generation_config(config, top_p=0.9)
     assert (params.temperature, params.top_k, params.top_p, params.max_new_tokens) == (0.7, 5, 0.9, 9)
     assert params.stop == ("\n",)
-    assert params.stop_token_ids == (3,)
+    assert (params.stop_token_ids, params.ignore_eos) == ((3,), True), "the model's own end nothing then"
     assert params.generation_config.bad_words_ids == [[1]]
     assert config.top_k == 5
     assert SamplingParams.from_generation_config(GenerationConfig(temperature=0.7)).greedy
+    assert not SamplingParams.from_generation_config(GenerationConfig()).ignore_eos
+    assert SamplingParams.from_generation_config(GenerationConfig(max_length=33)).max_new_tokens == 33
+    both = SamplingParams.from_generation_config(GenerationConfig(max_length=33, max_new_tokens=9))
+    assert (both.max_new_tokens, both.generation_config.max_length) == (9, None)
+
+
+def test_limits_of_prompts():
+    params = SamplingParams(min_new_tokens=4, max_new_tokens=8)
+    assert [asked_limit(params, [5], own, 0) for own in (None, 3, 99)] == [8, 3, 8]
+    shorter = with_limit(params, 3)
+    assert (shorter.min_new_tokens, shorter.max_new_tokens) == (3, 3)
+    with pytest.raises(DataError, match=r"prompts\[2\] has max_new_tokens=0"):
+        asked_limit(params, [5], 0, 2)
+
+
+def test_all_ends_of_model_and_tokenizer_stop(make_model, tokenizer):
+    model = make_model("llama")
+    for eos, expected in (([7, 8], (2, 7, 8, 9)), (7, (2, 7, 9)), (None, (2, 9))):
+        model.generation_config.eos_token_id = eos
+        assert with_stop_tokens(SamplingParams(stop_token_ids=9), model, tokenizer).stop_token_ids == expected
+    ignoring = SamplingParams(stop_token_ids=9, ignore_eos=True)
+    assert with_stop_tokens(ignoring, model, tokenizer).stop_token_ids == (9,)
+
+
+def test_tokens_are_banned_besides_those_that_are():
+    assert with_banned(SamplingParams(banned_tokens=(4,)), [2, 4]).banned_tokens == (2, 4)
+
+
+def test_a_token_that_nothing_may_follow():
+    mask = torch.zeros(3, 3, dtype=torch.bool)
+    mask[:, 2] = True
+    SamplingParams(logit_mask=mask)
+    with pytest.raises(ConfigError, match="forbids every token after token 2"):
+        SamplingParams(logit_mask=mask.T)
 
 
 @pytest.mark.parametrize(

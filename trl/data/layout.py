@@ -106,7 +106,7 @@ def lay_out(
 def _copies(grid: _Grid, placed: Sequence[Example]) -> np.ndarray:
     """How many rows of the padded layout a position stands for, `[B,T]`: 0 for padding, 1 for a token of a completion, the
     number of completions for a token of a prompt."""
-    shared = np.array([max(1, len(example.completions)) for example in placed])
+    shared = np.array([len(example.completions) for example in placed])
     return np.where(grid.sequence == PADDING, 0, np.where(grid.branch == 0, shared[np.maximum(grid.sequence, 0)], 1))
 
 
