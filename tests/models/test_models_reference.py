@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl.data.layout import lay_out, lay_out_encoder_decoder
-from trl.errors import ModelError
+from trl.errors import ConfigError, ModelError
 from trl.models.layer_sharing import layers_of
 from trl.models.reference import (
     AdapterOff,
     FrozenModel,
     NamedAdapter,
+    Precomputed,
     SharedTrunk,
     SnapshotReference,
     create_reference_model,
@@ -115,14 +117,36 @@ def test_named_adapter(make_model):
     assert all(".default." in name for name in trains)
 
 
-def test_leaves_mode_and_gradients_alone(make_model):
-    policy = adapted(make_model("llama"), lora_dropout=0.5).train()
-    reference = make_reference(policy, has_new_adapter=True)
+@pytest.mark.parametrize(
+    "reference_of",
+    [lambda policy: AdapterOff(), SnapshotReference.of, lambda policy: NamedAdapter("default", "ref")],
+    ids=["off", "snapshot", "named"],
+)
+def test_leaves_mode_and_gradients_alone(make_model, reference_of):
+    policy = adapted(make_model("llama", attention_dropout=0.5), lora_dropout=0.5)
+    policy.add_adapter("ref", LoraConfig(**{**LORA.to_dict(), "lora_dropout": 0.5}))
+    policy.train()
+    reference = reference_of(policy)
     found = [reference.logprobs(policy, lay_out(EXAMPLES)) for _ in range(2)]
     torch.testing.assert_close(*found, rtol=0, atol=0, msg="dropout is on")
     assert policy.training
     assert not found[0].requires_grad
     assert any(p.requires_grad for p in policy.parameters())
+    assert not torch.allclose(logprobs(policy), logprobs(policy)), "which has dropout of its own"
+
+
+def test_numbers_that_rows_bring_stand_for_the_reference(make_model):
+    policy = make_model("llama")
+    batch, numbers = lay_out(EXAMPLES), torch.tensor([[-1.0, -2.0]])
+    known = replace(batch, signals={"ref_logprobs": numbers})
+    assert Precomputed().logprobs(policy, known) is numbers
+    other = make_reference(policy)
+    expected = other.logprobs(policy, batch, temperature=0.5)
+    assert torch.equal(Precomputed(other).logprobs(policy, batch, temperature=0.5), expected)
+    with pytest.raises(ConfigError, match="encoded without reference log-probabilities"):
+        Precomputed().logprobs(policy, batch)
+    with pytest.raises(ModelError, match="cannot be sampled from"):
+        Precomputed().as_model(policy)
 
 
 def test_temperature(make_model):
@@ -223,15 +247,16 @@ def test_only_the_upper_layers_of_a_reference_run(make_model, name, sizes, start
     assert isinstance(reference, SharedTrunk)
     assert reference.start == start
     disturb(policy)
-    expected = whole.logprobs(policy, batch)
+    expected = whole.logprobs(policy, batch, temperature=0.7)
     with counting_layers(policy) as own, counting_layers(reference.model) as theirs:
-        scores, found = score_with_reference(policy, reference, batch, want={"entropy"}, temperature=1.0)
+        scores, found = score_with_reference(policy, reference, batch, want={"entropy"}, temperature=0.7)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert own == [1] * len(own)
     assert theirs == [0] * start + [1] * (len(own) - start)
-    torch.testing.assert_close(scores.logprobs, score(policy, batch).logprobs.detach())
+    torch.testing.assert_close(scores.logprobs, score(policy, batch, temperature=0.7).logprobs.detach())
     assert not torch.allclose(scores.logprobs, found, atol=1e-3)
-    torch.testing.assert_close(reference.logprobs(policy, batch), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(score_with_reference(policy, whole, batch, temperature=0.7)[1], expected)
+    torch.testing.assert_close(reference.logprobs(policy, batch, temperature=0.7), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_layers_in_common_are_tried_in_the_precision_of_training(make_model):

@@ -5,13 +5,14 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from tests.conftest import MODELS
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.errors import ConfigError
 from trl.models.layouts import choose_layout, why_not
-from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.score import prepare_scoring, score, score_logits, unwrap
 from trl.types import Completion, Example
 
 ENCODER_DECODERS = ("t5", "bart")
@@ -227,6 +228,61 @@ def test_a_head_that_is_not_understood_is_scored_from_plain_logits(make_model):
         score(model, lay_out(examples()))
     expected = plain_logprobs(model, examples()[2], examples()[2].completions[0])
     torch.testing.assert_close(found[3, :3], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_a_completion_longer_than_its_prompt(make_model, name):
+    model, row = make_model(name), Example([5, 6], (Completion([7, 8, 9, 10, 11]),))
+    expected = plain_logprobs(model, row, row.completions[0])
+    torch.testing.assert_close(score(model, lay(model, [row], "padded")).logprobs[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_with_a_bias(make_model):
+    model = make_model("llama")
+    model.set_output_embeddings(torch.nn.Linear(32, 99))
+    model.lm_head.bias.normal_()
+    rows = examples()
+    expected = plain_logprobs(model, rows[0], rows[0].completions[0])
+    torch.testing.assert_close(score(model, lay_out(rows)).logprobs[0, :5], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "t5"])
+@pytest.mark.parametrize("is_understood", [True, False])
+def test_all_logits_are_those_of_the_scores(make_model, name, is_understood):
+    model = make_model(name)
+    batch = lay(model, examples(prompts=True), "padded")
+    expected = score(model, batch).logprobs.flatten()[batch.scored]
+    flat = score(model, batch, temperature=2.0).logprobs
+    if not is_understood:
+        model.get_output_embeddings()._trl_transform = None
+    torch.testing.assert_close(score(model, batch, temperature=2.0).logprobs, flat, rtol=1e-5, atol=1e-5)
+    found = score_logits(model, batch).log_softmax(-1).gather(1, batch.target.flatten()[batch.scored, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class VocabularyRows(TorchDispatchMode):
+    """Rows of the tensors that are as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape[-1:] == (99,):
+            self.rows.add(out.numel() // 99)
+        return out
+
+
+def test_logits_of_what_is_not_scored_are_never_made(make_model):
+    model, batch = make_model("llama"), lay_out(examples())
+    score(model, batch)
+    with VocabularyRows() as made:
+        score(model, batch).logprobs.sum().backward()
+    assert max(made.rows) == len(batch.scored) < batch.positions / 2
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["attention", "head as well"])
