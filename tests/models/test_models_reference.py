@@ -284,14 +284,26 @@ class Reads(Writes):
         return self.layer(hidden + self.store.pop("mean"), **inputs)
 
 
-def test_a_reference_runs_whole_where_its_upper_layers_do_not_run_alone(make_model, caplog):
+class ReadsIfThere(Writes):
+    def forward(self, hidden, **inputs):
+        return self.layer(hidden + self.store.pop("mean", 1.0), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("reads", "why"),
+    [
+        (Reads, "its upper layers cannot run alone (KeyError"),
+        (ReadsIfThere, "with its upper layers alone, log-probabilities differ"),
+    ],
+)
+def test_a_reference_runs_whole_where_its_upper_layers_do_not_run_alone(make_model, caplog, reads, why):
     policy, store = make_model("llama"), {}
     policy.model.layers = torch.nn.ModuleList(
-        kind(layer, store) for kind, layer in zip((Writes, Reads), policy.model.layers, strict=True)
+        kind(layer, store) for kind, layer in zip((Writes, reads), policy.model.layers, strict=True)
     )
     reference = frozen_reference(policy, create_reference_model(policy, num_shared_layers=1))
     assert type(reference) is FrozenModel
-    assert "the reference has to compute them again: its upper layers cannot run alone (KeyError" in caplog.text
+    assert f"the reference has to compute them again: {why}" in caplog.text
     scores, found = score_with_reference(policy, reference, lay_out(EXAMPLES))
     torch.testing.assert_close(found, scores.logprobs)
 

@@ -286,6 +286,25 @@ def test_probabilities_are_computed_again_where_samples_are_weighed_by_them(make
     assert signals["old_logprobs"] != pytest.approx(signals["sampler_logprobs"], abs=1e-2)
 
 
+def test_what_is_measured_of_samples_is_without_dropout(make_model, tmp_path):
+    """As sampling is: the model's own numbers are those that it sampled with."""
+    model = make_model("gpt2", resid_pdrop=0.5)
+    options = {
+        "steps_per_generation": 2,
+        "recompute_old_logprobs": True,
+        "beta": 0.1,
+        "max_steps": 3,
+        "learning_rate": 0.0,
+    }
+    trainer = make_trainer(model, tmp_path, **options)
+    trainer.train()
+    assert trainer.model.training
+    for completion in (c for minibatch in trainer.buffer.batch for example in minibatch for c in example.completions):
+        signals = completion.signals
+        assert signals["old_logprobs"] == pytest.approx(signals["sampler_logprobs"], abs=1e-4)
+        assert signals["ref_logprobs"] == pytest.approx(signals["sampler_logprobs"], abs=1e-4)
+
+
 def test_an_algorithm_that_leaves_questions_open(make_model, tmp_path):
     class Two:
         advantages, loss = Filtered.advantages, Filtered.loss

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from trl.algorithms.advantages import has_no_variance
 from trl.algorithms.importance import Correction, mismatch
 from trl.errors import ConfigError
+from trl.models.patching import evaluating
 from trl.models.reference import Reference
 from trl.models.score import score
 from trl.rollouts.buffer import Minibatch
@@ -180,14 +181,17 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
     def score_rollouts(
         self, examples: Sequence[Example], numbers: Callable[[Batch], Mapping[str, Tensor]], *, count: int = 1
     ) -> dict[str, Tensor]:
-        """Run `numbers(batch)` on the examples in at least `count` micro-batches; return its tensors for all, `[N,C]` by name."""
+        """Run `numbers(batch)` on the examples in at least `count` micro-batches; return its tensors for all, `[N,C]` by name.
+
+        Dropout is off, as it is while sampling.
+        """
         groups = self.plan(examples, count)
         groups += groups[-1:] * (self._most(len(groups)) - len(groups))
 
         def parts() -> Iterator[tuple[list[int], Mapping[str, Tensor]]]:
             for group in groups:
                 batch = self.collate([examples[i] for i in group]).to(self.args.device)
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), evaluating(self.model_wrapped):
                     yield group, numbers(batch)
 
         return tables_of(examples, parts())
