@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from trl.errors import ConfigError
-from trl.rewards.call import RewardError, call_rewards
+from trl.rewards.call import Rewarded, RewardError, call_rewards, warn_of_none
 from trl.rewards.pictures import PictureSamples
 from trl.rewards.reward import Samples, check_columns, make_rewards
 
@@ -36,6 +37,31 @@ def test_columns_and_extras_come_by_name():
         return [a * step + len(c) for a, c in zip(answer, completions, strict=True)]
 
     assert rewards_of(reward).values.tolist() == [[9.0], [15.0], [24.0]]
+
+
+def test_an_error_of_a_function_that_stays_here_is_named(caplog):
+    """A lock cannot be sent to a process of its own."""
+    lock = threading.Lock()
+
+    def locked(completions, **_):
+        with lock:
+            raise ValueError("mine")
+
+    with pytest.raises(RewardError, match="'locked' raised ValueError: mine"):
+        rewards_of(locked, timeout=60.0)
+    assert "runs in the trainer's own process" in caplog.text
+
+
+def test_samples_without_any_reward_are_said_once(caplog):
+    """One of four: another has a reward of one function, and a third one failed."""
+    rewards, nan = make_rewards([lengths, lengths]), math.nan
+    values = torch.tensor([[nan, nan], [nan, 1.0], [nan, nan], [1.0, 1.0]])
+    failed = torch.tensor([[False, False], [False, False], [True, False], [False, False]])
+    warn_of_none(rewards, Rewarded(values[1:], failed[1:]))
+    assert not caplog.text
+    for _ in range(2):
+        warn_of_none(rewards, Rewarded(values, failed))
+    assert caplog.text.count("1 of 4 samples got no reward: lengths, lengths_2 gave None") == 1
 
 
 def test_a_function_is_given_what_it_names():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ByT5Tokenizer, GenerationConfig
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from trl.errors import ConfigError, DataError
@@ -23,6 +23,7 @@ from trl.rollouts.sampling import (
     with_seed,
     with_stop_tokens,
 )
+from trl.rollouts.stopping import Stopper
 
 
 def key(seed=0, prompt=0, sample=0):
@@ -231,3 +232,29 @@ def test_a_token_that_nothing_may_follow():
 def test_bad_parameters(options, words):
     with pytest.raises(ConfigError, match=words):
         SamplingParams(**options)
+
+
+# ---- stopping ----
+
+
+def ids_of(text, tokenizer):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_completion_ends_once_it_is_long_enough(tokenizer):
+    stopper = Stopper(SamplingParams(min_new_tokens=2), [3], None)
+    found = [stopper.reason(ids, 3) for ids in ([3], [5], [5, 3], [5, 5], [5, 5, 3], [5, 5, 5])]
+    assert found == [None, None, "stop", None, "stop", "length"]
+    late = Stopper(SamplingParams(min_new_tokens=4, stop=("a", "b")), [], tokenizer)
+    assert [late.reason(ids_of(text, tokenizer), 9) for text in ("bxa", "bxxa", "bxxx", "axxbb")] == [
+        None,
+        "stop",
+        None,
+        "stop",
+    ], "a string that stood there before is over, and another one ends the completion"
+
+
+def test_a_stop_string_of_many_bytes():
+    """Each is a token."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    assert Stopper(SamplingParams(stop="é" * 9), [], tokenizer).reason(ids_of("é" * 9, tokenizer), 99) == "stop"
