@@ -145,7 +145,7 @@ def test_numbers_that_rows_bring_stand_for_the_reference(make_model):
     assert torch.equal(Precomputed(other).logprobs(policy, batch, temperature=0.5), expected)
     with pytest.raises(ConfigError, match="precompute_ref_log_probs"):
         Precomputed().logprobs(policy, batch)
-    with pytest.raises(ModelError, match="sampled"):
+    with pytest.raises(ModelError, match="sample"):
         Precomputed().as_model(policy)
 
 

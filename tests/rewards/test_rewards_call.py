@@ -49,7 +49,7 @@ def test_an_error_of_a_function_that_stays_here_is_named(caplog):
 
     with pytest.raises(RewardError, match="'locked' raised ValueError: mine"):
         rewards_of(locked, timeout=60.0)
-    assert "runs in the trainer's own process" in caplog.text
+    assert "'locked'" in caplog.text
 
 
 def test_samples_without_any_reward_are_said_once(caplog):
@@ -61,7 +61,7 @@ def test_samples_without_any_reward_are_said_once(caplog):
     assert not caplog.text
     for _ in range(2):
         warn_of_none(rewards, Rewarded(values, failed))
-    assert caplog.text.count("1 of 4 samples got no reward: lengths, lengths_2 gave None") == 1
+    assert caplog.text.count("1 of 4 samples got no reward: lengths, lengths_2") == 1
 
 
 def test_a_function_is_given_what_it_names():
