@@ -69,7 +69,7 @@ class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
     """Allow `ref_model` together with `peft_config`; without it, the model without its adapter is the reference."""
 
     padding_free: bool = False
-    """Accepted for older scripts: layout="auto" avoids padding wherever the model can."""
+    """For older scripts: layout="auto" avoids padding wherever the model can. An error with layout="padded"."""
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*ReferenceConfig._VALID_DICT_FIELDS, "ref_model_init_kwargs"]
 
@@ -80,6 +80,8 @@ class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
                 "sync_ref_model updates the reference during training, but precompute_ref_log_probs computes its "
                 "log-probabilities only once: choose one."
             )
+        if self.padding_free and self.layout == "padded":
+            raise ConfigError("padding_free=True contradicts layout='padded': leave one of them out.")
 
 
 class PreferenceTrainer(PredictsRewards):
