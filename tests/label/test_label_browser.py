@@ -5,6 +5,7 @@ Needs Chromium, its driver, and TRL_TEST_BROWSER=1: a browser has its own pace, 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.conftest import MODELS, make_tokenizer
 from trl.cli.main import main
@@ -50,8 +52,9 @@ def chromium(width=1200, height=800, dark=False):
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wishes.items()]  # a page that still moves is missed
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     try:
         yield Person(driver)
     finally:
@@ -118,6 +121,12 @@ class Command:
         self.process.send_signal(how)
         self.process.communicate(timeout=PATIENCE)
         return self.process.returncode
+
+
+def address_of(human):
+    """Where a person is asked, as the console is told when the page is served."""
+    assert human.page.session is not None
+    return re.search(r"http://\S+", human.console.file.getvalue())[0]
 
 
 def rows_of(path):
@@ -234,12 +243,12 @@ def test_ppo_is_steered_through_the_page(tmp_path):
     model = AutoModelForCausalLMWithValueHead.from_pretrained(MODELS["gpt2"]())
     config = PPOConfig(batch_size=32, mini_batch_size=32, learning_rate=5e-3, init_kl_coef=0.0, seed=0)
     trainer = PPOTrainer(config, model, None, tokenizer)
-    rate = HumanRating(tmp_path / "ratings.jsonl", ui="web", port=0)
+    rate = HumanRating(tmp_path / "ratings.jsonl", ui="web", port=0, console=Console(file=io.StringIO()))
     prompts = ["Say: "] * 32
     queries = [tokenizer(prompt, return_tensors="pt")["input_ids"][0] for prompt in prompts]
     means = []
     with chromium() as ada:
-        ada.open(rate.page.url, "Ada")
+        ada.open(address_of(rate), "Ada")
         ada.driver.execute_script(AUTOPILOT)
         for _ in range(25):
             responses = trainer.generate(queries, return_prompt=False, do_sample=True, top_k=0, max_new_tokens=1)
@@ -252,11 +261,11 @@ def test_ppo_is_steered_through_the_page(tmp_path):
 
 
 def test_preferences_from_the_page(tmp_path):
-    compare = HumanPreference(tmp_path / "pairs.jsonl", ui="web", port=0)
+    compare = HumanPreference(tmp_path / "pairs.jsonl", ui="web", port=0, console=Console(file=io.StringIO()))
     rewards = []
     asking = threading.Thread(target=lambda: rewards.extend(compare(["p"] * 3, ["a", "b", "c"])))
     with chromium() as ada:
-        url = compare.page.url
+        url = address_of(compare)
         asking.start()
         ada.open(url, "Ada")
         for _ in range(3):
