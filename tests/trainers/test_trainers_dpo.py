@@ -361,7 +361,10 @@ WRONG = {
         r"loss_type=\['aot'\] sorts the pairs of a batch, so a step cannot be split",
     ),
     "moved and kept": ({"sync_ref_model": True, "precompute_ref_log_probs": True}, r"choose one"),
-    "padded and padding-free": ({"layout": "padded", "padding_free": True}, r"padding_free=True contradicts layout='padded'"),
+    "padded and padding-free": (
+        {"layout": "padded", "padding_free": True},
+        r"padding_free=True contradicts layout='padded'",
+    ),
     "adapter names": ({"ref_adapter_name": "ref"}, r"this one has none: give a PeftModel with both loaded"),
     "reference of nothing": (
         {"loss_type": "simpo", "ref_model": "x"},

@@ -154,7 +154,7 @@ def test_layers_in_common_are_frozen(make_model, tokenizer):
 def test_a_model_without_a_head_gets_one_and_it_is_said(make_model, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = PPOTrainer(PPOConfig(batch_size=4), make_model("llama"), None, tokenizer)
-    assert caplog.text.count("This LlamaForCausalLM has no value head: a new one is put on.") == 1
+    assert caplog.text.count("This LlamaForCausalLM has no value head") == 1
     trainer.step(*TRIPLETS)
 
 
