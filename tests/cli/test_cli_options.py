@@ -169,7 +169,7 @@ def test_skipped_steps_are_no_part_of_the_mean():
 def test_a_model_that_is_nowhere_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConfigError, match="'org/none' is no folder here and not in the cache, and the hub is not asked"
+        ConfigError, match="'org/none' is no folder here and not in the cache, and the hub is not queried"
     ):
         check_model_on_hub("org/none", "main")
 
