@@ -412,5 +412,5 @@ def test_errors_of_data_are_messages(inside, capsys):
     assert "no split 'tran'. Did you mean 'train'? Its splits: train." in capsys.readouterr().err
     assert main(["dpo", *words]) == 2
     error = capsys.readouterr().err
-    assert "The dataset's columns ['messages'] are not those" in error
+    assert "The dataset's columns ['messages'] do not fit" in error
     assert "\n  preference: chosen, rejected\n" in error

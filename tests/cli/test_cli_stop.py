@@ -72,7 +72,7 @@ def test_a_signal_writes_a_checkpoint_from_which_training_goes_on(folder, number
     assert process.returncode == status, stderr
     assert "Finishing this step" in stderr
     assert "Traceback" not in stderr
-    assert re.search(rf"To go on:\n\n    trl sft .*--output_dir {output} .* --resume\n", stderr)
+    assert re.search(rf"To resume:\n\n    trl sft .*--output_dir {output} .* --resume\n", stderr)
     (checkpoint,) = checkpoints(folder / output)
     stopped = int(checkpoint.name.removeprefix("checkpoint-"))
     assert not why_not_resumable(checkpoint)

@@ -169,7 +169,7 @@ def test_pictures_as_they_come():
         as_tensor(torch.zeros(16, 16), (16, 16))
     with pytest.raises(DataError, match="values from 0 to 255"):
         as_tensor(torch.tensor([0.0, 255.0]).expand(3, 2, 2), (2, 2))
-    with pytest.raises(DataError, match="is a list, and no picture"):
+    with pytest.raises(DataError, match="is a list, which is no picture"):
         as_tensor(["a"], (16, 16))
 
 

@@ -251,7 +251,7 @@ def test_its_own_options_stand_first_in_its_help(capsys):
         ([*COMMON, "--against", "theirs"], "nothing judges the samples: give reward_funcs or judge_server"),
         ([*COMMON, "--judge_server", "http://x"], "give the other model, --against MODEL"),
         ([*COMMON, "--batch_size", "0"], "batch_size=0"),
-        (["--model_name_or_path", "ours", "--dataset_name", "texts.jsonl"], "need a column 'prompt'"),
+        (["--model_name_or_path", "ours", "--dataset_name", "texts.jsonl"], "needs a column 'prompt'"),
     ],
 )
 def test_refused(home, capsys, words, message):

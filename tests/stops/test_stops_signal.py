@@ -134,4 +134,4 @@ def test_all_processes_end_after_the_same_step(tmp_path, python, words):
     stderr = stopped(process, signal.SIGTERM)
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-3"], stderr
     assert newest_checkpoint(tmp_path / "out")
-    assert re.search(rf"To go on:\n\n    .*{words}", stderr)
+    assert re.search(rf"To resume:\n\n    .*{words}", stderr)

@@ -304,7 +304,7 @@ def test_options_elsewhere_may_be_off(tmp_path):
     assert not hasattr(
         CPOConfig(**given, max_completion_length=None, generate_during_eval=False), "max_completion_length"
     )
-    with pytest.raises(ConfigError, match=r"CPOConfig has no option 'generate_during_eval'\. Completions go to"):
+    with pytest.raises(ConfigError, match=r"CPOConfig has no option 'generate_during_eval'\. `log_completions`"):
         CPOConfig(**given, generate_during_eval=True)
 
 

@@ -317,8 +317,8 @@ def test_unknown_keywords(make_model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="SFTTrainer has no argument 'max_seq_len'. Did you mean .*'max_seq_length'"):
         SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, max_seq_len=3)
     for name, words in {
-        "compute_loss_func": r"'compute_loss_func'. Logits .* Override `loss\(",
-        "generate_during_eval": "'generate_during_eval'. Completions go",
+        "compute_loss_func": r"'compute_loss_func'. .*logits .* Override `loss\(",
+        "generate_during_eval": "'generate_during_eval'. `log_completions`",
     }.items():
         with pytest.raises(ConfigError, match=f"SFTTrainer has no argument {words}"):
             SFTTrainer(make_model("llama"), train_dataset=rows(), tokenizer=tokenizer, **{name: 1})
@@ -379,7 +379,7 @@ def test_max_length_that_drops_everything(make_model, tokenizer, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_found(make_model, tmp_path):
-    with pytest.raises(ConfigError, match="processing_class is missing: this LlamaForCausalLM was made from a conf"):
+    with pytest.raises(ConfigError, match="processing_class is missing: this LlamaForCausalLM was created from a conf"):
         SFTTrainer(make_model("llama"), config(tmp_path), train_dataset=rows())
 
 

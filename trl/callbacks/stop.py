@@ -100,7 +100,7 @@ def exit_on_signal(trainer: Trainer) -> Iterator[StopOnSignal]:
         return
     with suppress(OSError, ValueError, AttributeError):  # stderr may be closed
         if trainer.is_world_process_zero():
-            print(f"Stopped, with a checkpoint. To go on:\n\n    {command()}\n", file=sys.stderr)
+            print(f"Stopped, with a checkpoint. To resume:\n\n    {command()}\n", file=sys.stderr)
     trainer.accelerator.end_training()
     raise SystemExit(128 + stop.signal)
 
