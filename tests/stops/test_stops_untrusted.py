@@ -226,6 +226,7 @@ def test_the_best_checkpoint_is_one_of_the_run(checkpoint, tmp_path):
     assert sibling(checkpoint, "..") is None
 
 
+@pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning")  # datasets'
 def test_archives_are_unpacked_into_their_folder(tmp_path, monkeypatch):
     """By datasets, which refuses what would leave it."""
     rows = tmp_path / "rows.jsonl"
