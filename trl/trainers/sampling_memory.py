@@ -13,8 +13,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from trl.data.encode import decode
 from trl.models.memory import cache_bytes
+from trl.trainers.heaviest import row_positions
 from trl.trainers.online_config import OnlineConfig
 
 DRAWN_FROM = 3
@@ -26,7 +26,7 @@ def sampling_bytes(args: OnlineConfig, model: PreTrainedModel, rows: Dataset | S
 
     `rows` are the encoded prompts; the longest one counts.
     """
-    prompts = max(len(example.prompt) for row in rows for example in decode(row))
+    prompts = int(row_positions(rows).max())
     tokens = prompts + (args.max_completion_length or 512)
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     width = next(model.parameters()).element_size()
