@@ -82,9 +82,8 @@ def ready_for_fsdp2(model: nn.Module) -> None:
     share_modules(model)
     present = {type(module).__name__ for module in model.modules()}
     for module in model.modules():
-        if isinstance(
-            module, PreTrainedModel
-        ):  # image encoders also list layers of the text encoder of their pretraining
+        # Image encoders also list layers of the text encoder of their pretraining.
+        if isinstance(module, PreTrainedModel):
             module._no_split_modules = present & set(module._no_split_modules or ())
 
 

@@ -314,9 +314,8 @@ class StepTrainer(ResumableTrainer):
         self.rollback_metrics()
         if self._skipped_too_many():
             raise self.nonfinite_error()
-        if (
-            self.accelerator.scaler is None
-        ):  # the gradient scaler of float16 skips the step itself, and lowers its scale
+        # The gradient scaler of float16 skips the step itself, and lowers its scale.
+        if self.accelerator.scaler is None:
             model.zero_grad(set_to_none=True)
         return False
 
