@@ -310,6 +310,21 @@ def test_rows_of_like_length_are_batched_together_where_that_is_asked_for(make_m
     assert "eval_loss" in trainer.evaluate(TEXTS)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_a_strategy_by_length_orders_every_row_once_and_by_the_seed(make_model, tmp_path, strategy, packing):
+    def orders(seed):
+        trainer = sft(
+            make_model("llama"), tmp_path, train_sampling_strategy=strategy, packing=packing, max_length=13, seed=seed
+        )
+        rows, sampler = len(trainer.train_dataset), trainer._get_train_sampler()
+        drawn = [i for i in sampler for i in (i if isinstance(i, list) else [i])]
+        assert sorted(drawn) == list(range(rows))
+        return drawn
+
+    assert orders(0) == orders(0) != orders(1)
+
+
 # ---- gradients ----
 
 

@@ -260,21 +260,22 @@ def wrapped_layer(module: nn.Module) -> nn.Module:
 
 def new_tokens(model: PreTrainedModel, tokenizer: Any, added: Collection[int] = ()) -> list[int]:
     """Ids of tokens that the model was not trained with: `added`, and those beyond the vocabulary of the saved model."""
-    first = _stored_vocabulary(model.config._name_or_path) or len(tokenizer)
+    first = _stored_vocabulary(model.config) or len(tokenizer)
     rows = len(wrapped_layer(model.get_input_embeddings()).weight)
     ids = range(first, min(len(tokenizer), rows))
     known = [i for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if FILLER not in token]
     return sorted({*added, *known})
 
 
-def _stored_vocabulary(name: str) -> int | None:
+def _stored_vocabulary(config: PreTrainedConfig) -> int | None:
     """Vocabulary size in the configuration that a model was loaded with (folder or hub cache); None if it was not loaded."""
-    if not name:
+    if not config._name_or_path:
         return None
     try:
-        return PreTrainedConfig.get_config_dict(name, local_files_only=True)[0].get("vocab_size")
+        stored = type(config).from_pretrained(config._name_or_path, local_files_only=True)
     except OSError:  # a configuration whose name was set by hand
         return None
+    return getattr(stored.get_text_config(), "vocab_size", None)
 
 
 def with_trained_tokens(model: PeftModel, ids: Collection[int]) -> PeftModel:

@@ -33,7 +33,6 @@ CONNECT = 10.0
 SHOWN = 400
 """Most characters of an answer that an error message quotes."""
 
-ABSENT = (404, 405)
 TRY_LATER = (408, 425, 429)
 BANNED = -100.0
 """Logit bias of a banned token."""
@@ -56,6 +55,10 @@ class Unreachable(EngineError):
 
 class Refused(EngineError):
     """A server rejected a request; a retry would fail again."""
+
+
+class NoRoute(Refused):
+    """A server has no route for the request (404), or not with this method (405)."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class Server:
         if response.status_code >= 500 or response.status_code in TRY_LATER:
             raise Unreachable(f"{asked}: the server failed ({response.status_code}): {_words(content)}")
         if not response.ok:
-            raise Refused(f"{asked}: the server refused ({response.status_code}): {_words(content)}")
+            refusal = NoRoute if response.status_code in (404, 405) else Refused
+            raise refusal(f"{asked}: the server refused ({response.status_code}): {_words(content)}")
         if "json" not in response.headers.get("content-type", ""):
             return content.decode("utf-8", "replace")
         try:
@@ -145,13 +149,11 @@ class Server:
         """The server's description of its model, within `timeout` seconds. Raises Refused if it has no such route."""
         try:
             found = self.get("/server_info", timeout=timeout, config_format="json")
-        except Refused as error:
-            if _is_absent(error):
-                raise Refused(
-                    f"{error} A trainer needs the routes of vLLM's developer mode: start the server with `trl vllm-serve`, or "
-                    "with VLLM_SERVER_DEV_MODE=1 in its environment."
-                ) from error
-            raise
+        except NoRoute as error:
+            raise Refused(
+                f"{error} A trainer needs the routes of vLLM's developer mode: start the server with `trl vllm-serve`, or "
+                "with VLLM_SERVER_DEV_MODE=1 in its environment."
+            ) from error
         try:
             return read_info(found, str(self.get("/v1/models", timeout=timeout)["data"][0]["id"]))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -176,8 +178,8 @@ class Server:
         asked = f"POST {self.url}{GENERATE} (n={n}, {len(prompt.images)} images)"
         try:
             answer = self.post(GENERATE, image_body(prompt, params, n, model))
-        except Refused as error:
-            raise Refused(f"{error} {IMAGES_NEED if _is_absent(error) else ''}".rstrip()) from error
+        except NoRoute as error:
+            raise Refused(f"{error} {IMAGES_NEED}") from error
         told = answer.get("prompt_token_ids") if isinstance(answer, Mapping) else None
         if not isinstance(told, list):
             raise Refused(f"{asked}: the server does not return the token ids of the expanded prompt. {IMAGES_NEED}")
@@ -196,10 +198,6 @@ def _answer_checked(asked: str, answer: Any) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
         raise Unreachable(f"{asked}: the answer is invalid: {reason}. {_shown(answer)}") from error
-
-
-def _is_absent(error: Refused) -> bool:
-    return any(f"({status})" in str(error) for status in ABSENT)
 
 
 def other_tokens(told: Sequence[int], wanted: Sequence[int]) -> str:

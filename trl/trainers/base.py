@@ -70,6 +70,7 @@ from trl.models.value_heads.storage import without_copies
 from trl.noise import without_noise, without_warnings
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
 from trl.trainers.config import TrainerConfig
+from trl.trainers.heaviest import row_positions
 from trl.trainers.layers import RunsLayers
 from trl.trainers.option_checks import check_full_batch
 from trl.trainers.option_effects import warn_of_image_options
@@ -88,8 +89,8 @@ from trl.vision.processing import ImageProcessing
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
-IDS = ("prompt_ids", "completion_ids")
-"""Columns of encoded rows with token ids."""
+BY_LENGTH = ("group_by_length", "batch_rebalance")
+"""Values of train_sampling_strategy that depend on the lengths of rows."""
 WIDTH = 60
 """Most characters of a row in an error message."""
 
@@ -373,12 +374,25 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return [as_text(example, self.tokenizer) for example in examples]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(rows, Dataset):
+        """As in `transformers`, but lengths are those of encoded or packed rows, and every order follows from the seed."""
+        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        strategy, size = args.train_sampling_strategy, args.train_batch_size * args.gradient_accumulation_steps
+        if strategy not in BY_LENGTH or not isinstance(rows, Dataset):
             return super()._get_train_sampler(rows)
-        lengths = [len(prompt) + sum(map(len, ids)) for prompt, ids in zip(*map(rows.__getitem__, IDS), strict=True)]
-        size, order = self.args.train_batch_size * self.args.gradient_accumulation_steps, torch.Generator()
-        return LengthGroupedSampler(size, rows, lengths, generator=order.manual_seed(self.args.seed))
+        lengths = row_positions(rows, self.layout).tolist()
+        if strategy == "group_by_length":
+            return LengthGroupedSampler(size, rows, lengths, generator=torch.Generator().manual_seed(args.seed))
+        from transformers.trainer_pt_utils import BatchRebalanceSampler  # not in every supported release
+
+        return BatchRebalanceSampler(
+            lengths,
+            effective_batch_size=size * args.world_size,
+            dp_size=args.world_size,
+            grad_accum=args.gradient_accumulation_steps,
+            seed=args.seed,
+            rank=args.process_index,
+            drop_last=args.dataloader_drop_last,
+        )
 
     # ---- hooks of StepTrainer ----
 

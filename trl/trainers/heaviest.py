@@ -24,9 +24,10 @@ PER_TOKEN = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "values", "retu
 
 
 class LearnsFromRows(Protocol):
-    """The part of a trainer's interface that is used here; also `algorithm` for prompts, and `layout` except for encoder-decoders."""
+    """The part of a trainer's interface that is used here; also `algorithm` for prompts."""
 
     args: Any
+    layout: str
     train_dataset: Any
 
 
@@ -35,7 +36,7 @@ def heaviest_window(trainer: LearnsFromRows) -> list[Example]:
     args, rows = trainer.args, trainer.train_dataset
     count = args.per_device_train_batch_size * args.gradient_accumulation_steps
     rows = rows if isinstance(rows, Dataset) else list(rows)
-    sizes = row_positions(rows, vars(trainer).get("layout", "shared"))  # encoder-decoders read a prompt once
+    sizes = row_positions(rows, trainer.layout)
     longest = np.resize(np.argsort(-sizes, kind="stable")[:count], count)
     examples = [_blank(example) for i in longest.tolist() for example in decode(rows[i])]
     if examples[0].completions and max(map(len, examples[0].completions)):

@@ -36,7 +36,8 @@ class RunsLayers(StepTrainer):
     """A trainer that optimises the layers of its model, once that is on its device."""
 
     args: TrainerConfig
-    layout: str
+    layout: str = "shared"
+    """How prompts and completions are laid out. An encoder-decoder has no choice: it reads a prompt once for all completions."""
     images: Any
     reference: Reference | None = None
     """The reference policy, if there is one."""
