@@ -26,13 +26,13 @@ from trl.ops.logprobs import has_triton
 from trl.trainers.activation_plan import ActivationPlan, CheckpointFirstLayers, free_bytes, plan_activations
 from trl.trainers.config import TrainerConfig
 from trl.trainers.reference import reference_models
-from trl.training.step_trainer import StepTrainer
+from trl.training.evaluation import EvaluatingTrainer
 from trl.types import Batch
 
 logger = logging.getLogger(__name__)
 
 
-class RunsLayers(StepTrainer):
+class RunsLayers(EvaluatingTrainer):
     """A trainer that optimises the layers of its model, once that is on its device."""
 
     args: TrainerConfig

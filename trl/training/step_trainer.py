@@ -17,25 +17,20 @@ An item can be anything: a text, a pair of answers, a denoising trajectory. A su
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from math import inf
 from typing import Any, NoReturn
 
 import torch
-from datasets import IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers.trainer_utils import EvalLoopOutput
 
 from trl.compat import SWEEP
 from trl.errors import ConfigError
 from trl.ops.reduce import WEIGHTS
 from trl.training.collectives import all_gather_object
-from trl.training.evaluated_rows import ByRow, Filled, RowItems
 from trl.training.gradients import GradientCheck
 from trl.training.metrics import Meter
 from trl.training.nonfinite import (
@@ -53,7 +48,6 @@ from trl.training.parallel import (
     backward,
     check_parallelism,
     explain_waits,
-    unduplicated_rows,
     use_one_device,
 )
 from trl.training.resumable import ResumableTrainer
@@ -68,11 +62,9 @@ from trl.training.window import (
 )
 from trl.types import Metrics
 
-EVAL = "get_eval_dataloader"
-
 
 class StepTrainer(ResumableTrainer):
-    """Runs optimizer steps, and evaluates, on items of any kind. Subclasses define the methods at the top of the file."""
+    """Runs optimizer steps on items of any kind. Subclasses define the methods at the top of the file."""
 
     lays_out_ahead: bool = False
     """Whether the next window is planned and collated while the device works on the present one. Only possible if its rows do not
@@ -88,7 +80,7 @@ class StepTrainer(ResumableTrainer):
         check_parallelism(self.args, self.accelerator)
         use_one_device(self.args)
         self.model_accepts_loss_kwargs = True
-        self.meters = {"train": Meter(), "eval": Meter()}
+        self.meters = {"train": Meter()}
         self.steps = SkippedSteps()
         self._has_checked_gradients = False
         self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
@@ -359,98 +351,6 @@ class StepTrainer(ResumableTrainer):
         with self.compute_loss_context_manager():
             loss, _ = self.loss(self.model, alone)
         return (loss * self.weights(alone)).sum()
-
-    # ---- evaluation ----
-
-    def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
-        """Add a batch to the evaluation metrics; no predictions are stored or gathered."""
-        counted, items = self.evaluated(inputs)
-        self.evaluate_items(model, counted, self.statistics(counted), filling=items[:1])
-        return None, None, None
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
-        """Keep the order of rows: micro-batches are planned by length anyway."""
-        return SequentialSampler(eval_dataset)
-
-    def evaluated(self, inputs: Any) -> tuple[list[Any], list[Any]]:
-        """The items of an evaluation batch that count, and all of its items: see `trl.training.evaluated_rows`."""
-        if isinstance(inputs, RowItems):
-            rows, most = [self.items(row, source=EVAL) for row in inputs.rows], inputs.counted
-        else:  # a batch of the user's own data loader
-            rows = [[item] for item in self.items(inputs, source=EVAL)]
-            most = len(rows)
-        counted = rows[: unduplicated_rows(self.args, self.accelerator, most)]
-        return list(chain(*counted)), list(chain(*rows))
-
-    def _get_dataloader(
-        self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
-    ) -> DataLoader:
-        """As in `transformers`, but evaluation batches tell which of their rows count."""
-        given = self.data_collator
-        if not is_training:
-            self.data_collator = ByRow(given)
-            if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
-                dataset = Filled(dataset, batch_size * self.accelerator.num_processes)
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
-        finally:
-            self.data_collator = given
-
-    def evaluate_items(
-        self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor], *, filling: Sequence[Any]
-    ) -> None:
-        """Add `items` to the evaluation metrics, with the same number of forward passes on every process.
-
-        `filling` are items for dummy passes, which do not count, if another process has more micro-batches.
-        """
-        groups = [[items[i] for i in group] for group in self.plan(items, 1)]
-        missing = self._most(len(groups)) - len(groups)
-        for group in groups:
-            self.evaluate_batch(model, group, statistics)
-        for _ in range(missing):
-            (batch,) = with_statistics([self.collate(filling)], statistics)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                self.loss(model, dummy_batch(replace(batch, weight=batch.mask)).to(self.args.device))
-
-    def evaluate_batch(self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor]) -> Metrics:
-        """Add loss and metrics of `items`, a micro-batch of an evaluation batch with these `statistics`."""
-        (batch,) = with_statistics([self.collate(items)], statistics)
-        batch = batch.to(self.args.device)
-        weights = self.weights(batch)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            if type(self).compute_loss is StepTrainer.compute_loss:
-                loss, metrics = self.loss(model, batch)
-            else:
-                loss, metrics = self._computed_loss(model, batch, weights)
-                weights = weights.sum()
-        self.meters["eval"].add_weighted("loss", loss, weights)
-        self.meters["eval"].add(metrics, batch)
-        return metrics
-
-    def _computed_loss(self, model: nn.Module, batch: Any, weights: Tensor) -> tuple[Tensor, Metrics]:
-        """The mean loss and metrics of a batch from a subclass's `compute_loss`, without adding them to training metrics."""
-        processes = self.accelerator.num_processes
-        batch = replace(batch, weight=weights / (weights.sum() * processes).clamp(min=torch.finfo(weights.dtype).tiny))
-        mark, term = self.meters["train"].mark(), self.term
-        self.term = None
-        try:
-            found = self.compute_loss(model, batch, return_outputs=True)
-        finally:
-            self.meters["train"].go_back(mark)
-            self.term = term
-        if isinstance(found, tuple):
-            return found
-        raise ConfigError(
-            f"{type(self).__name__}.compute_loss was called with return_outputs=True, but returned a {type(found).__name__}: return "
-            "the loss and the metrics, as super().compute_loss(model, inputs, return_outputs=True) does."
-        )
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As in `transformers`, but metrics are means over the whole dataset and not means of batch means."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = self.meters["eval"].read(self._gather, self.args.device)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        return output
 
     # ---- what is reported ----
 

@@ -48,12 +48,12 @@ from trl.models.sharding import prepare_frozen
 from trl.rollouts.buffer import RolloutBuffer
 from trl.trainers.diffusion.config import DiffusionConfig
 from trl.trainers.options import resolve_args
-from trl.training.step_trainer import StepTrainer
+from trl.training.evaluation import EvaluatingTrainer
 
 Rows = Dataset | IterableDataset
 
 
-class DiffusionTrainer(WritesModelCard, StepTrainer):
+class DiffusionTrainer(WritesModelCard, EvaluatingTrainer):
     """Base of the trainers of diffusion models.
 
     model           a pipeline of `diffusers`, or the name or folder of one
