@@ -62,6 +62,11 @@ from trl.training.window import (
 )
 from trl.types import Metrics
 
+DECIDE_ALIKE = ("transformers", "trl")
+"""Packages whose callbacks make the same decisions on all processes."""
+DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
+"""What callbacks decide, as attributes of `TrainerControl`."""
+
 
 class StepTrainer(ResumableTrainer):
     """Runs optimizer steps on items of any kind. Subclasses define the methods at the top of the file."""
@@ -378,7 +383,11 @@ class StepTrainer(ResumableTrainer):
             self._throughput = (self._throughput[0], self._throughput[1] + spent)
             self._timed_steps += 1
             self._window_started = None
+        self._agree_on(*DECISIONS)
+        acts = any(getattr(self.control, name) for name in ("should_log", "should_evaluate", "should_save"))
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if acts:
+            self._agree_on(*DECISIONS)
 
     def _track_num_input_tokens(self, inputs: list[Any]) -> None:
         """Do nothing: `micro_batches` counts tokens."""
@@ -392,6 +401,20 @@ class StepTrainer(ResumableTrainer):
         raise ConfigError(f"{type(self).__name__}.model_init would replace the model that was prepared. {SWEEP}")
 
     # ---- over processes ----
+
+    def _agree_on(self, *names: str) -> None:
+        """Set each of these attributes of `control` on all processes if a callback has set it on any of them.
+
+        Callbacks of `transformers` and of this library decide alike everywhere, so without others nothing is exchanged.
+        """
+        others = [
+            each for each in self.callback_handler.callbacks if type(each).__module__.split(".")[0] not in DECIDE_ALIKE
+        ]
+        if self.accelerator.num_processes == 1 or not others:
+            return
+        own = torch.tensor([[getattr(self.control, name) for name in names]], dtype=torch.int, device=self.args.device)
+        for name, anywhere in zip(names, self._gather(own).any(0).tolist(), strict=True):
+            setattr(self.control, name, anywhere)
 
     def _most(self, count: int) -> int:
         """The maximum of `count` over processes: all have to do the same number of forward passes."""
