@@ -157,6 +157,8 @@ LORA = {"r": 2, "lora_dropout": 0.1, "fan_in_fan_out": True, "task_type": "CAUSA
 RUNS: dict[str, Make] = {
     "sft": made_by(SFTTrainer, texts),
     "sft, packed": made_by(SFTTrainer, texts, packing=True, max_length=16, model=lambda: _seeded("llama")),
+    "sft, grouped by length": made_by(SFTTrainer, texts, train_sampling_strategy="group_by_length"),
+    "sft, balanced by length": made_by(SFTTrainer, texts, train_sampling_strategy="batch_rebalance"),
     "sft, a stream": made_by(SFTTrainer, lambda: texts().to_iterable_dataset(3).shuffle(seed=1, buffer_size=5)),
     "sft, an adapter": made_by(SFTTrainer, texts, peft=LoraConfig(**LORA)),
     "reward": made_by(RewardTrainer, pairs, model=classifier),

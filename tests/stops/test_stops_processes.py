@@ -11,7 +11,20 @@ from tests.processes import told as told_in
 
 pytestmark = pytest.mark.slow
 
-RUNS = ("sft", "sft, a stream", "reward", "dpo", "kto", "bco", "cpo", "ppo", "grpo", "rloo", "online dpo")
+RUNS = (
+    "sft",
+    "sft, a stream",
+    "sft, balanced by length",
+    "reward",
+    "dpo",
+    "kto",
+    "bco",
+    "cpo",
+    "ppo",
+    "grpo",
+    "rloo",
+    "online dpo",
+)
 SCRIPT = """
 import os, resource, signal, sys, warnings
 from pathlib import Path

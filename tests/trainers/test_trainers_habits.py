@@ -10,7 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from torch.optim import SGD
-from transformers import GPTNeoXConfig, GPTNeoXForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    trainer_pt_utils,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tests.conftest import SPECIAL, WIDTHS, make_tokenizer
@@ -40,6 +46,10 @@ TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs far."] * 4})
 PAIRS = Dataset.from_dict({"prompt": ["Why"] * 4, "chosen": [" so", " it"] * 2, "rejected": [" no"] * 4})
 LABELLED = Dataset.from_dict({"prompt": ["Why"] * 4, "completion": [" so"] * 4, "label": [True, False] * 2})
 PROMPTS = Dataset.from_dict({"prompt": ["Why", "How"] * 4})
+
+HAS_BALANCE = pytest.mark.skipif(
+    not hasattr(trainer_pt_utils, "BatchRebalanceSampler"), reason="this release of transformers has no such strategy"
+)
 
 
 def options(folder, **kw):
@@ -311,7 +321,7 @@ def test_rows_of_like_length_are_batched_together_where_that_is_asked_for(make_m
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("strategy", ["group_by_length", pytest.param("batch_rebalance", marks=HAS_BALANCE)])
 def test_a_strategy_by_length_orders_every_row_once_and_by_the_seed(make_model, tmp_path, strategy, packing):
     def orders(seed):
         trainer = sft(
@@ -323,6 +333,13 @@ def test_a_strategy_by_length_orders_every_row_once_and_by_the_seed(make_model, 
         return drawn
 
     assert orders(0) == orders(0) != orders(1)
+
+
+def test_balancing_by_length_needs_a_release_that_has_it(make_model, tmp_path, monkeypatch):
+    monkeypatch.delattr(trainer_pt_utils, "BatchRebalanceSampler", raising=False)
+    trainer = sft(make_model("llama"), tmp_path, train_sampling_strategy="batch_rebalance")
+    with pytest.raises(ConfigError, match="batch_rebalance.*newer release of transformers"):
+        trainer.train()
 
 
 # ---- gradients ----

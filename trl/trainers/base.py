@@ -27,7 +27,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import is_in_notebook
 
 from trl.callbacks.model_card import Trained, WritesModelCard
@@ -80,6 +79,7 @@ from trl.trainers.processor import processor_for, processor_source, take_chat_te
 from trl.trainers.reference import reference_models, sync_callbacks
 from trl.trainers.router import RouterTerm, router_loss
 from trl.trainers.rows import RowsOfModel
+from trl.training.length_samplers import STRATEGIES, sampler_by_length
 from trl.training.nonfinite import SHOWN
 from trl.training.optimizers import check_optimizer, warn_of_rounded_steps
 from trl.types import Batch, Example
@@ -89,8 +89,6 @@ from trl.vision.processing import ImageProcessing
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
-BY_LENGTH = ("group_by_length", "batch_rebalance")
-"""Values of train_sampling_strategy that depend on the lengths of rows."""
 WIDTH = 60
 """Most characters of a row in an error message."""
 
@@ -374,25 +372,11 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return [as_text(example, self.tokenizer) for example in examples]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """As in `transformers`, but lengths are those of encoded or packed rows, and every order follows from the seed."""
-        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        strategy, size = args.train_sampling_strategy, args.train_batch_size * args.gradient_accumulation_steps
-        if strategy not in BY_LENGTH or not isinstance(rows, Dataset):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy not in STRATEGIES or not isinstance(rows, Dataset):
             return super()._get_train_sampler(rows)
         lengths = row_positions(rows, self.layout).tolist()
-        if strategy == "group_by_length":
-            return LengthGroupedSampler(size, rows, lengths, generator=torch.Generator().manual_seed(args.seed))
-        from transformers.trainer_pt_utils import BatchRebalanceSampler  # not in every supported release
-
-        return BatchRebalanceSampler(
-            lengths,
-            effective_batch_size=size * args.world_size,
-            dp_size=args.world_size,
-            grad_accum=args.gradient_accumulation_steps,
-            seed=args.seed,
-            rank=args.process_index,
-            drop_last=args.dataloader_drop_last,
-        )
+        return sampler_by_length(lengths, self.args, lambda: int(self.state.epoch or 0))
 
     # ---- hooks of StepTrainer ----
 

@@ -87,7 +87,7 @@ class StepTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.meters = {"train": Meter()}
         self.steps = SkippedSteps()
-        self._has_checked_gradients = False
+        self._has_checked_gradients = self._agrees = False
         self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
         self.states.register("steps", self.steps, optional=True)
         self._window: Window
@@ -285,6 +285,7 @@ class StepTrainer(ResumableTrainer):
             )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._agrees = self.accelerator.num_processes > 1 and self._has_own_callbacks()
         with explain_waits(self.args, lambda: self.state.global_step):  # a function, as the loop replaces the state
             output = super()._inner_training_loop(*args, **kwargs)
         if self._took_no_step():
@@ -383,11 +384,11 @@ class StepTrainer(ResumableTrainer):
             self._throughput = (self._throughput[0], self._throughput[1] + spent)
             self._timed_steps += 1
             self._window_started = None
-        self._agree_on(*DECISIONS)
+        self._agree()
         acts = any(getattr(self.control, name) for name in ("should_log", "should_evaluate", "should_save"))
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if acts:
-            self._agree_on(*DECISIONS)
+            self._agree()
 
     def _track_num_input_tokens(self, inputs: list[Any]) -> None:
         """Do nothing: `micro_batches` counts tokens."""
@@ -402,18 +403,19 @@ class StepTrainer(ResumableTrainer):
 
     # ---- over processes ----
 
-    def _agree_on(self, *names: str) -> None:
-        """Set each of these attributes of `control` on all processes if a callback has set it on any of them.
+    def _has_own_callbacks(self) -> bool:
+        """Whether any process has a callback that might decide otherwise than those of other processes."""
+        own = any(type(each).__module__.split(".")[0] not in DECIDE_ALIKE for each in self.callback_handler.callbacks)
+        return any(all_gather_object(own, self.accelerator))
 
-        Callbacks of `transformers` and of this library decide alike everywhere, so without others nothing is exchanged.
-        """
-        others = [
-            each for each in self.callback_handler.callbacks if type(each).__module__.split(".")[0] not in DECIDE_ALIKE
-        ]
-        if self.accelerator.num_processes == 1 or not others:
+    def _agree(self) -> None:
+        """Make a decision of a callback on one process, such as to stop, that of all processes."""
+        if not self._agrees:
             return
-        own = torch.tensor([[getattr(self.control, name) for name in names]], dtype=torch.int, device=self.args.device)
-        for name, anywhere in zip(names, self._gather(own).any(0).tolist(), strict=True):
+        own = torch.tensor(
+            [[getattr(self.control, name) for name in DECISIONS]], dtype=torch.int, device=self.args.device
+        )
+        for name, anywhere in zip(DECISIONS, self._gather(own).any(0).tolist(), strict=True):
             setattr(self.control, name, anywhere)
 
     def _most(self, count: int) -> int:
