@@ -18,8 +18,10 @@ STRATEGIES = ("group_by_length", "batch_rebalance")
 
 def sampler_by_length(lengths: Sequence[int], args: TrainingArguments, epoch: Callable[[], int]) -> Sampler:
     """The sampler of `args.train_sampling_strategy` for rows of these lengths; `epoch` is called at the start of every epoch."""
-    sampler_class = GroupedByLength if args.train_sampling_strategy == "group_by_length" else _balanced_class()
-    return sampler_class(lengths, args, epoch)
+    make: Callable[..., Sampler] = (
+        GroupedByLength if args.train_sampling_strategy == "group_by_length" else _balanced_class()
+    )
+    return make(lengths, args, epoch)
 
 
 class GroupedByLength(LengthGroupedSampler):
