@@ -346,30 +346,32 @@ def main() -> None:
     result: dict[str, Any] = {}
     for name, make in tqdm(MODELS.items(), disable=None):
         layers = HALF_B["num_hidden_layers"] if name == "0.5B" else ONE_B["num_hidden_layers"]
-        kinds = {
-            "decode": partial(decode, make),
-            "train": partial(train, make),
-            "train, LoRA": partial(train, partial(adapted, make, fuses=True)),
-            "train, LoRA as peft runs it": partial(train, partial(adapted, make, fuses=False)),
+        one_fewer = partial(make, num_hidden_layers=layers - 1)
+        kinds: dict[str, Callable[[Callable[..., PreTrainedModel]], Counts]] = {
+            "decode": decode,
+            "train": train,
+            "train, LoRA": lambda make: train(partial(adapted, make, fuses=True)),
+            "train, LoRA as peft runs it": lambda make: train(partial(adapted, make, fuses=False)),
         }
         for kind, count in kinds.items():
-            counts = count()
+            counts = count(make)
             launches = counts.names.total()
+            layer = launches - count(one_fewer).names.total()
             device = counts.milliseconds(options.bandwidth, options.rate, options.gap if kind == "decode" else 0)
-            found = {"launches": launches, "per layer": launches / layers, "device ms, predicted": device}
+            found = {"launches": launches, "a layer": layer, "device ms, predicted": device}
             found |= {"host ms, predicted": launches * options.launch / 1e3}
             found |= {"GB": sum(b for b, _ in counts.work) / 1e9, "TFLOP": sum(f for _, f in counts.work) / 1e12}
             result[f"{name} {kind}"] = found | {"names": dict(counts.names.most_common())}
             print(f"{name} {kind}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
             print("   ", ", ".join(f"{key} {value}" for key, value in counts.names.most_common(16)))
-        launches, layer = train_compiled(make, layers)
+        launches, names = train_compiled(make, layers)
         result[f"{name} train, layers compiled"] = {
             "launches": launches,
-            "a layer": layer.total(),
-            "names": dict(layer),
+            "a layer": names.total(),
+            "names": dict(names),
         }
-        print(f"{name} train, layers compiled: launches {launches}, a layer {layer.total()}")
-        print("   ", ", ".join(f"{key} {value}" for key, value in layer.most_common()))
+        print(f"{name} train, layers compiled: launches {launches}, a layer {names.total()}")
+        print("   ", ", ".join(f"{key} {value}" for key, value in names.most_common()))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
