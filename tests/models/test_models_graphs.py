@@ -5,6 +5,7 @@ CUDA's graphs are stood in for by functions that run again what was recorded, on
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,21 @@ from transformers import LlamaForSequenceClassification
 
 from trl.data.layout import few_sizes, lay_out
 from trl.models.checkpointing import checkpoint_activations
-from trl.models.graphs import LAUNCH_BOUND_FLOPS, Graphs, capture_as, capture_layers, captures, without_graphs
+from trl.models.graphs import (
+    LAUNCH_BOUND_FLOPS,
+    Graphs,
+    capture_as,
+    capture_layers,
+    captures,
+    graphs_of,
+    without_graphs,
+)
 from trl.models.layer_sharing import recording, resuming
 from trl.models.rewards import prepare_rewards, score_rewards
 from trl.models.score import prepare_scoring, score, unwrap
+from trl.models.value_heads.auto_models import with_value_head
+from trl.models.value_heads.heads import ValueModel
+from trl.models.value_heads.ilql import with_ilql_heads
 from trl.models.varlen import VARLEN, switch
 from trl.types import Completion, Example
 
@@ -395,7 +407,7 @@ def test_embeddings_that_adapters_let_learn_are_not_weights(captured):
     for _ in range(3):
         assert_same(step(model, batch), step(plain, batch))
     assert recorder.recorded == 2
-    assert set(model._trl_graphs.gradients.buffers) == set(model.model.layers[1].parameters()) | {
+    assert set(graphs_of(model).gradients.buffers) == set(model.model.layers[1].parameters()) | {
         p for p in model.model.norm.parameters() if p.requires_grad
     }
 
@@ -434,6 +446,54 @@ def test_a_reward_model_is_captured(make_model):
         for a, b in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
     assert recorder.recorded == 2
+
+
+def with_values(model, kind):
+    """The model with a value head of this kind, in training mode; the dropout of the head is not part of a graph."""
+    torch.manual_seed(3)
+    if kind == "ilql":
+        return with_ilql_heads(model).train()
+    wrapped = with_value_head(model)
+    if kind == "network":
+        network = copy.deepcopy(model.model).requires_grad_(True)
+        wrapped.v_head = ValueModel(network, wrapped.head_options)
+    return wrapped.train()
+
+
+@pytest.mark.parametrize("kind", ["head", "network", "ilql"])
+def test_values_are_those_of_layers(captured, kind):
+    model, plain, recorder = captured()
+    pair = [with_values(each, kind) for each in (model, plain)]
+    if kind == "network":
+        capture_as(pair[0].v_head.model, model)
+
+    def of(wrapped, batch):
+        scores = score(wrapped, batch, want=["entropy", "value", *(["q"] if kind == "ilql" else [])])
+        more = sum(value.square().sum() for value in (scores.value, *scores.extras.values()))
+        return replace(scores, entropy=scores.entropy + more)
+
+    for number in range(4):
+        batches, found = [batch_of(number, 10 + number), batch_of(20 + number, 30)], []
+        for wrapped in pair:
+            torch.manual_seed(number)
+            found.append(step(wrapped, *batches, of=of))
+        assert_same(*found)
+        with torch.no_grad():
+            values = [score(wrapped.eval(), batches[0], want=["value"]).value for wrapped in pair]
+            torch.testing.assert_close(*values)
+    networks = 1 + (kind == "network")
+    assert recorder.recorded == 3 * networks
+    assert recorder.replays > 8 * networks
+
+
+def test_values_of_layers_on_lower_layers_are_computed_by_layers(captured):
+    model, plain, recorder = captured()
+    pair = [with_value_head(each, num_value_layers=1) for each in (model, plain)]
+    for number in range(3):
+        batch = batch_of(number, 1)
+        found = [step(each, batch, of=lambda m, b: score(m, b, want=["entropy", "value"])) for each in pair]
+        assert_same(*found)
+    assert recorder.recorded == 0
 
 
 def test_gradients_can_be_asked_of_autograd_without_graphs(captured):
@@ -490,7 +550,7 @@ def test_graphs_of_cuda_have_the_numbers_of_layers(make_model, case):
             found.append([scores.logprobs.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
-    assert unwrap(pair[0])._trl_graphs.count == 2
+    assert graphs_of(unwrap(pair[0])).count == 2
 
 
 def test_copies_and_pickles_have_no_graphs(captured):
@@ -498,11 +558,11 @@ def test_copies_and_pickles_have_no_graphs(captured):
     batch = batch_of(0, 1)
     for _ in range(2):
         step(model, batch)
-    assert vars(copy.deepcopy(model))["_trl_graphs"] is None
-    assert pickle.loads(pickle.dumps(model._trl_graphs)) is None
+    assert graphs_of(copy.deepcopy(model)) is None
+    assert pickle.loads(pickle.dumps(graphs_of(model))) is None
     other = copy.deepcopy(model)
     capture_as(other, model)
-    assert isinstance(other._trl_graphs, Graphs)
+    assert isinstance(graphs_of(other), Graphs)
 
 
 # ---- what cannot be captured ----
@@ -519,7 +579,7 @@ def test_layers_that_cannot_be_captured_run_and_are_named_once(captured, caplog)
         batch = batch_of(number, 1)
         assert_same(step(model, batch), step(plain, batch))
     (record,) = caplog.records
-    assert "LlamaForCausalLM runs without CUDA graphs" in record.message
+    assert "LlamaModel runs without CUDA graphs" in record.message
     assert "not permitted" in record.message
 
 

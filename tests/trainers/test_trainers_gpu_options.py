@@ -12,13 +12,16 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_u
 
 from tests.conftest import WIDTHS
 from tests.models.test_models_graphs import Recorder
+from tests.trainers.ppo_support import TRIPLETS
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
 from trl.models.compiled import repeated_layers
-from trl.models.graphs import Graphs
+from trl.models.graphs import Graphs, graphs_of
 from trl.trainers.activation_plan import FRAGMENTATION
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import liger_layers
+from trl.trainers.ilql import ILQLConfig, ILQLTrainer
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 from trl.trainers.sampling_memory import sampling_bytes
 
 
@@ -167,7 +170,7 @@ TRAINERS = {"sft": (SFTConfig, SFTTrainer), "dpo": (DPOConfig, DPOTrainer)}
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Trainers run on the CPU as they do on CUDA in bfloat16, without its kernels."""
-    for place in ("trl.models.layouts", "trl.models.varlen"):
+    for place in ("trl.models.layouts", "trl.models.varlen", "trl.trainers.ppo.model"):
         monkeypatch.setattr(f"{place}.has_varlen", lambda model: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(BaseTrainer, "_is_on_cuda", lambda self: True)
@@ -192,7 +195,7 @@ def test_a_run_whose_layers_are_replayed_is_the_same(make_model, tokenizer, tmp_
         run = trainer(make_model("llama"), args=args, **data)
         run.train()
         for model in (run.model, *run._also_reading()):
-            assert not model._trl_graphs.count  # whose memory is for others now
+            assert not graphs_of(model).count  # whose memory is for others now
         found.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in run.state.log_history])
     assert recorder.recorded >= {"sft": 3, "dpo": 4}[kind]  # forward and backward; evaluation; reference
     assert recorder.replays >= 10
@@ -225,7 +228,7 @@ def test_a_trainer_without_graphs_takes_those_of_one_before_it_away(make_model, 
     for asked in (None, False):
         options = common_options(bf16=True, use_cpu=True, cuda_graphs=asked)
         SFTTrainer(model, SFTConfig(output_dir=str(tmp_path), **options), **data)
-        assert ("_trl_graphs" in vars(model)) == (asked is None)
+        assert (graphs_of(model) is not None) == (asked is None)
 
 
 def test_layers_of_a_trainer_that_samples_are_replayed_where_both_have_room(
@@ -250,7 +253,7 @@ def test_layers_of_a_trainer_that_samples_are_replayed_where_both_have_room(
 
     trainer, replays = run(2**40)
     assert replays >= 3 * 2  # policy forward and backward, after the steps in which it is tried and captured
-    assert "_trl_graphs" in vars(trainer.reference.model)
+    assert graphs_of(trainer.reference.model) is not None
     needed = trainer.activation_plan.needed
     both = needed + FRAGMENTATION * sampling_bytes(trainer.args, trainer.model, trainer.train_dataset)
     assert run(ceil(both))[1] == replays
@@ -261,6 +264,89 @@ def test_layers_of_a_trainer_that_samples_are_replayed_where_both_have_room(
     assert run(2**40)[1] == 0
     for ours, plain in zip(found[0], found[-1], strict=True):
         assert ours == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.fixture
+def as_on_cuda_in_graphs(as_on_cuda, monkeypatch):
+    """As on CUDA, with what stands in for its graphs: returns the recorder."""
+    recorder = Recorder()
+    monkeypatch.setattr("trl.models.graphs.cuda_graph", recorder)
+    return recorder
+
+
+PPO = {"num_generations": 2, "max_completion_length": 6, "batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2}
+VALUES = {
+    "adapter": (PPOConfig, PPOTrainer, {"peft_config": LoraConfig(r=4, lora_dropout=0.0)}),
+    "network": (PPOConfig, PPOTrainer, {"value_model": "llama"}),
+    "ilql": (ILQLConfig, ILQLTrainer, {}),
+}
+
+
+def trainer_with_values(make_model, tokenizer, folder, kind, **options):
+    config, trainer, keywords = VALUES[kind]
+    common = common_options(use_cpu=True, bf16=True, cuda_graphs=True, learning_rate=1e-2, html_report=False)
+    common |= {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    common |= {"lr_scheduler_type": "constant"}
+    if kind == "ilql":
+        rows = Dataset.from_dict({"prompt": ["say "] * 8, "completion": ["red", "blue"] * 4, "reward": [1.0, 2.0] * 4})
+        common |= {"per_device_train_batch_size": 4}
+    else:
+        rows, own = Dataset.from_dict({"prompt": ["cat sat", "on a mat", "cat", "mat"] * 3}), dict(keywords)
+        keywords = own | {"reward_funcs": by_length}
+        common |= PPO
+    if "value_model" in keywords:
+        keywords["value_model"] = make_model(keywords["value_model"], seed=5, num_hidden_layers=1)
+    args = config(output_dir=str(folder), **common | options)
+    data = {"train_dataset": rows, "eval_dataset": rows.select(range(4)), "processing_class": tokenizer}
+    return trainer(model=make_model("llama"), args=args, **data, **keywords)
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_run_with_values_whose_layers_are_replayed_is_the_same(
+    make_model, tokenizer, tmp_path, monkeypatch, as_on_cuda_in_graphs, kind
+):
+    """Sampling and evaluations in between; the second run is resumed in the middle, and replays again."""
+    logs, recorder = [], as_on_cuda_in_graphs
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setattr(Graphs, "_capture", lambda *_: None)
+        folder = tmp_path / str(captures)
+        for steps in (3, 6) if captures else (6,):
+            before = recorder.replays
+            trainer = trainer_with_values(make_model, tokenizer, folder, kind, max_steps=steps)
+            trainer.train(resume_from_checkpoint=steps == 6 and captures)
+            assert (recorder.replays >= before + 4) == captures
+        log = trainer.state.log_history
+        logs.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in log if "train_runtime" not in e])
+    assert len(logs[0]) == len(logs[1]) == 6 + 2
+    for ours, plain in zip(*logs, strict=True):
+        assert ours == pytest.approx(plain, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("value_model", [None, "llama"])
+def test_triplets_are_learned_from_by_replays(
+    make_model, tokenizer, tmp_path, monkeypatch, as_on_cuda_in_graphs, value_model
+):
+    found, recorder = [], as_on_cuda_in_graphs
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setattr(Graphs, "_capture", lambda *_: None)
+        options = {"use_cpu": True, "bf16": True, "cuda_graphs": True, "report_to": "none", "learning_rate": 1e-2}
+        config = PPOConfig(output_dir=str(tmp_path), batch_size=4, mini_batch_size=2, ppo_epochs=2, **options)
+        network = value_model and make_model(value_model, seed=5, num_hidden_layers=1)
+        torch.manual_seed(0)
+        trainer = PPOTrainer(config, make_model("llama"), None, tokenizer, value_model=network)
+        stats = [trainer.step(*TRIPLETS) for _ in range(3)]
+        names = ("ppo/loss/total", "ppo/loss/value", "ppo/policy/entropy", "ppo/val/mean")
+        found.append([each[name] for each in stats for name in names])
+    assert recorder.replays > 12
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+
+
+def test_values_of_own_layers_are_refused(make_model, tokenizer, as_on_cuda_in_graphs):
+    config = PPOConfig(batch_size=4, use_cpu=True, bf16=True, cuda_graphs=True, num_value_layers=1)
+    with pytest.raises(ConfigError, match="cuda_graphs=True.*num_value_layers"):
+        PPOTrainer(config, make_model("llama"), None, tokenizer)
 
 
 def by_length(completions, **_):

@@ -12,25 +12,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from trl.models.fused import close
 from trl.types import Spans
 
-Run = Callable[..., Tensor]
-"""The model's forward: returns hidden states `[B,T,H]`."""
+Inputs = Mapping[str, Any]
+"""Arguments of a decoder's forward, by name: constants, tensors, dicts of tensors, and spans."""
+Run = Callable[..., ModelOutput]
+"""A decoder's forward: returns an output with `last_hidden_state` `[B,T,H]`."""
 Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
 """Captures a function in a memory pool (None: a new one); returns the function that replays it, and the pool."""
 
 
 class Captured:
-    """The captured forward of a model, and with `gradients` its backward, on inputs of one shape."""
+    """The captured forward of a decoder, and with `gradients` its backward, on inputs of one shape."""
 
-    def __init__(self, run: Run, inputs: Mapping[str, Any], gradients: Gradients | None) -> None:
+    def __init__(self, run: Run, inputs: Inputs, gradients: Gradients | None) -> None:
         self.run, self.gradients = run, gradients
-        self.inputs = {k: v.map(Tensor.clone) if isinstance(v, Spans) else _cloned(v) for k, v in inputs.items()}
-        self.hidden = self.grad = torch.empty(0, device=inputs["input_ids"].device)
+        self.inputs = {name: _static(value) for name, value in inputs.items()}
+        self.places = tensors_of(self.inputs)
+        self.device = self.places[0].device
+        self.hidden = self.grad = torch.empty(0, device=self.device)
+        self.output: type[ModelOutput] = ModelOutput
         self.learned: list[nn.Parameter] = []
-        self.anchor = torch.zeros((), device=inputs["input_ids"].device, requires_grad=True)
+        self.sources = [] if gradients is None else [place for place in self.places if place.requires_grad]
+        """Inputs that need a gradient: embeddings of tokens and images, where these are computed outside of the graph."""
+        self.source_grads: tuple[Tensor, ...] = ()
+        self.anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._pending: weakref.ref[Pending] | None = None
         self.room = 0
         """Bytes of activations that forward keeps, as `run_eagerly` measures; `record` reserves that many in a new pool."""
@@ -38,7 +47,7 @@ class Captured:
     @property
     def size(self) -> int:
         """Number of positions (B · T) of the inputs."""
-        return self.inputs["input_ids"].numel()
+        return grid_of(self.inputs).numel()
 
     def record(self, record: Record, pool: Any, *, room: int = 0) -> Any:
         """Capture forward and backward in the memory pool `pool`, or in a new one; return the pool.
@@ -63,25 +72,37 @@ class Captured:
     def _forward(self) -> None:
         torch.empty(self.room, dtype=torch.uint8, device=self.grad.device)  # freed at once: the pool keeps the block
         with torch.set_grad_enabled(self.gradients is not None):
-            self.hidden = self.run(**self.inputs)
+            self.hidden = self._run()
+
+    def _run(self) -> Tensor:
+        output = self.run(**self.inputs)
+        self.output = type(output)
+        return output.last_hidden_state
 
     def _backward(self) -> None:
         # A hook adds each gradient to its buffer as soon as it is computed, so that none is held until the end.
         with ExitStack() as hooks, torch.autocast(self.grad.device.type, enabled=False):
             for p in self.learned:
                 hooks.enter_context(p.register_hook(self.gradients.buffers[p].add_))
-            torch.autograd.grad(self.hidden, self.learned, self.grad)
+            self.source_grads = torch.autograd.grad(self.hidden, [*self.sources, *self.learned], self.grad)[
+                : len(self.sources)
+            ]
 
     # ---- replay ----
 
-    def __call__(self, inputs: Mapping[str, Any]) -> Tensor:
-        for place, value in zip(_tensors_of(self.inputs), _tensors_of(inputs), strict=True):
-            place.copy_(value)
+    def __call__(self, inputs: Inputs) -> ModelOutput:
+        return self.output(last_hidden_state=self._replayed(tensors_of(inputs)))
+
+    def _replayed(self, tensors: Sequence[Tensor]) -> Tensor:
+        for place, value in zip(self.places, tensors, strict=True):
+            place.detach().copy_(value.detach())
         if self.gradients is None:
             self.replay_forward()
             return self.hidden.clone()
         self.gradients.attach(self.learned)
-        return Replayed.apply(self, self.anchor, *(self.learned if torch.distributed.is_initialized() else ()))
+        sources = [value for place, value in zip(self.places, tensors, strict=True) if place.requires_grad]
+        weights = self.learned if torch.distributed.is_initialized() else ()
+        return Replayed.apply(self, self.anchor, *sources, *weights)
 
     @property
     def is_busy(self) -> bool:
@@ -96,17 +117,16 @@ class Captured:
     # ---- check against the eager layers ----
 
     def run_eagerly(self) -> tuple[Tensor, Tensor]:
-        """Hidden states `[B,T,H]` and the norm of each weight's gradient, without a graph. The RNG state is restored."""
-        ids = self.inputs["input_ids"]
-        device, before = ids.device, _allocated(ids.device)
-        with _preserved_rng(device):
-            hidden = self.run(**self.inputs)
-            self.room = _allocated(device) - before
+        """Hidden states `[B,T,H]` and the norms of gradients of inputs and weights, without a graph. The RNG state is restored."""
+        before = _allocated(self.device)
+        with _preserved_rng(self.device):
+            hidden = self._run()
+            self.room = _allocated(self.device) - before
             if self.gradients is None:
                 return hidden.clone(), hidden.new_zeros(1)
             learned = self.gradients.of(hidden)
-            with torch.autocast(device.type, enabled=False):
-                found = torch.autograd.grad(hidden, learned, hidden.detach())
+            with torch.autocast(self.device.type, enabled=False):
+                found = torch.autograd.grad(hidden, [*self.sources, *learned], hidden.detach())
         return hidden.detach().clone(), torch.stack(torch._foreach_norm(found)).float()
 
     def difference_from(self, expected: tuple[Tensor, Tensor]) -> str:
@@ -122,7 +142,7 @@ class Captured:
             buffers = [self.gradients.buffers[p].zero_() for p in self.learned]
             self.grad.copy_(hidden)
             self.replay_backward()
-            found = torch.stack(torch._foreach_norm(buffers)).float()
+            found = torch.stack(torch._foreach_norm([*self.source_grads, *buffers])).float()
         same = close(found / norms.max(), norms / norms.max(), factors=half)
         return "" if same else "the gradients of a replay differ from those of the layers"
 
@@ -134,19 +154,19 @@ class Pending:
 class Replayed(torch.autograd.Function):
     """Hidden states `[B,T,H]` of a replay; its backward replays as well, and adds to the weights' gradients itself.
 
-    In several processes the weights are arguments whose gradients are returned as None. Autograd then visits their
+    `tensors` are the inputs that need a gradient, which is returned, and weights. In several processes the weights are arguments whose gradients are returned as None. Autograd then visits their
     gradient accumulators once the replay has run, and the hooks that DDP has there reduce what was added. (In one process
     the weights are no arguments, so that the gradient of a tied head is accumulated at once and not held until then.)
     """
 
     @staticmethod
-    def forward(ctx: Any, captured: Captured, anchor: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, captured: Captured, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.captured, ctx.pending = captured, captured.pending()
         captured.replay_forward()
         return captured.hidden.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         captured: Captured = ctx.captured
         if ctx.pending is None:
             raise RuntimeError(
@@ -158,7 +178,8 @@ class Replayed(torch.autograd.Function):
         captured.grad.copy_(grad)
         captured.replay_backward()
         ctx.pending = None
-        return (None,) * len(ctx.needs_input_grad)
+        found = [grad.clone() for grad in captured.source_grads]  # the next replay overwrites them
+        return None, None, *found, *[None] * (len(ctx.needs_input_grad) - 2 - len(found))
 
 
 class Gradients:
@@ -203,16 +224,29 @@ class Gradients:
             torch._foreach_zero_(empty)
 
 
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _static(value: Any) -> Any:
+    """An argument whose tensors are copied to places of their own."""
+    if isinstance(value, dict):
+        return {name: _static(each) for name, each in value.items()}
+    if isinstance(value, Spans):
+        return value.map(Tensor.clone)
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
-def _tensors_of(inputs: Mapping[str, Any]) -> list[Tensor]:
+def grid_of(inputs: Inputs) -> torch.Size:
+    """The shape `[B,T]` of a batch of tokens or embeddings."""
+    ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    return (embeddings if ids is None else ids).shape[:2]
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
     """The tensors among the arguments of forward, including those of the spans."""
     found: list[Tensor] = []
     for value in inputs.values():
         if isinstance(value, Tensor):
             found.append(value)
+        elif isinstance(value, dict):
+            found += tensors_of(value)
         elif isinstance(value, Spans):
             found += [x for x in (value.query_starts, value.key_starts, value.keys) if x is not None]
     return found

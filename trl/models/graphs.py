@@ -4,17 +4,23 @@ The host needs 5 to 70 µs to launch a kernel, and a layer has some seventy of t
 `LAUNCH_BOUND_FLOPS` the device waits for the host. A captured graph is one launch, which reads and writes fixed addresses:
 
     inputs      are copied into static tensors. Batches are padded to few shapes (`trl.data.layout`)
-    output      hidden states `[B,T,H]`, which the head reads; backward copies their gradient into a static tensor
-    gradients   of weights are added to buffers, which are the weights' `grad` from then on
+    output      hidden states `[B,T,H]`, which heads read; backward copies their gradient into a static tensor
+    gradients   of weights are added to buffers, which are the weights' `grad` from then on; those of inputs are returned
+
+What is captured is the forward of the model's decoder: the embeddings of tokens and the layers, or the layers alone if they
+are given embeddings with image features in them. Image encoders and heads run as usual.
 
 The first input shape runs eagerly the first time. The second time it is captured and checked: hidden states and gradients
 must equal those of the eager layers. Further shapes are captured when they are first seen. A shape that is larger than all
 before it discards the other graphs, which are then captured again in its memory. Layers that cannot be captured (those that
 copy a number to the host in between, as some mixtures of experts do) run eagerly, with one warning; so do layers that have hooks.
+Batches without `Spans` run eagerly as well: padded rows, and sampling.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -28,14 +34,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl.models.captured import Captured, Gradients, Record, Run
+from trl.models.captured import Captured, Gradients, Inputs, Record, Run, grid_of, tensors_of
 from trl.models.compiled import repeated_layers
+from trl.models.patching import is_patched, patch_forward, with_self
 from trl.types import Spans
 
 logger = logging.getLogger(__name__)
 
-INPUTS = frozenset({"input_ids", "position_ids", "attention_mask", "spans"})
-"""The arguments that a captured forward may have: others (pixel values, masks) have too many different shapes."""
 LAUNCH_BOUND_FLOPS = 2e12
 """Floating-point operations of a layer, forward and backward, below which launching its kernels takes longer than computing:
 5 ms at 400 TFLOP/s, or seventy launches of 70 µs."""
@@ -47,45 +52,63 @@ REQUIRES_GRAD = "make_inputs_require_grads"
 
 def captures(model: PreTrainedModel, positions: int) -> bool:
     """Whether batches with this number of positions run as graphs, since launching a layer takes longer than computing it."""
-    graphs: Graphs | None = vars(model).get("_trl_graphs")
+    graphs = graphs_of(model)
     return graphs is not None and positions < graphs.max_positions
 
 
+def graphs_of(model: PreTrainedModel) -> Graphs | None:
+    """The graphs of the model's layers; None if they are not captured."""
+    return vars(model.get_decoder()).get("_trl_graphs")
+
+
 def capture_layers(model: PreTrainedModel, record: Record | None = None) -> None:
-    """Compute the hidden states that heads of `model` read by graphs, made by `record` (default: CUDA graphs)."""
-    model._trl_graphs = Graphs(model, record or cuda_graph)
+    """Run the layers of `model` as graphs, made by `record` (default: CUDA graphs)."""
+    decoder = model.get_decoder()
+    if "_trl_graphs" not in vars(decoder) or not is_patched(decoder):
+        patch_forward(decoder, _replaying(decoder.forward))
+    decoder._trl_graphs = Graphs(decoder, record or cuda_graph)
 
 
 def release(model: PreTrainedModel, *, for_good: bool) -> None:
     """Free the graphs of a model and their memory; with `for_good`, no more are captured."""
-    if (graphs := vars(model).get("_trl_graphs")) is None:
+    if (graphs := graphs_of(model)) is None:
         return
     graphs.forget()
     if for_good:
-        del model._trl_graphs
+        model.get_decoder()._trl_graphs = None
 
 
 def capture_as(model: PreTrainedModel, policy: PreTrainedModel) -> None:
     """Capture the layers of `model`, which reads the policy's batches, if those of the policy are captured."""
-    if (graphs := vars(policy).get("_trl_graphs")) is not None:
+    if (graphs := graphs_of(policy)) is not None:
         capture_layers(model, graphs.record)
 
 
-def replayed(model: PreTrainedModel, run: Run, inputs: Mapping[str, Any]) -> Tensor:
-    """Hidden states `[B,T,H]` of `run(**inputs)`, by replaying a graph if the model's layers are captured."""
-    graphs: Graphs | None = vars(model).get("_trl_graphs")
-    return run(**inputs) if graphs is None else graphs(run, inputs)
+def _replaying(plain: Callable) -> Callable:
+    """The forward of a decoder that replays a graph where there is one, with the signature of `plain`."""
+    names = [*inspect.signature(plain).parameters]
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        graphs: Graphs | None = self._trl_graphs
+        if graphs is None or not isinstance(kwargs.get("spans"), Spans):
+            return self._trl_plain_forward(*args, **kwargs)
+        return graphs(self._trl_plain_forward, dict(zip(names, args, strict=False)) | kwargs)
+
+    return with_self(functools.update_wrapper(forward, plain), plain)
 
 
 @contextmanager
 def without_graphs(model: PreTrainedModel) -> Iterator[None]:
     """Run the model eagerly within the context, so that `torch.autograd.grad` sees the weights, which replays hide."""
-    graphs = vars(model).pop("_trl_graphs", None)
+    decoder, graphs = model.get_decoder(), graphs_of(model)
+    if graphs is None:
+        yield
+        return
+    decoder._trl_graphs = None
     try:
         yield
     finally:
-        if graphs is not None:
-            model._trl_graphs = graphs
+        decoder._trl_graphs = graphs
 
 
 def cuda_graph(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
@@ -118,11 +141,11 @@ class Pool:
 
 
 class Graphs:
-    """The graphs of a model, by a key of all that they depend on: shapes, precision, mode, adapters."""
+    """The graphs of a decoder, by a key of all that they depend on: shapes, precision, mode, adapters."""
 
-    def __init__(self, model: PreTrainedModel, record: Record) -> None:
-        self.model, self.record = weakref.ref(model), record
-        layer = next(iter(repeated_layers(model)), None)
+    def __init__(self, decoder: PreTrainedModel, record: Record) -> None:
+        self.decoder, self.record = weakref.ref(decoder), record
+        layer = next(iter(repeated_layers(decoder)), None)
         # A layer of n weights takes 6 n operations per position, forward and backward.
         self.max_positions = (
             0.0 if layer is None else LAUNCH_BOUND_FLOPS / 6 / sum(p.numel() for p in layer.parameters())
@@ -136,8 +159,8 @@ class Graphs:
         return type(None), ()
 
     def forget(self) -> None:
-        """Free all graphs and their memory, and read the modules of the model anew."""
-        modules = list(self.model().modules())
+        """Free all graphs and their memory, and read the modules of the decoder anew."""
+        modules = list(self.decoder().modules())
         self.tables = [module._modules for module in modules], [module._parameters for module in modules]
         self.structure = self._structure()
         self.places = [(module._parameters, name) for module in modules for name in module._parameters]
@@ -154,7 +177,8 @@ class Graphs:
         """Number of captured graphs."""
         return len(self.with_backward.held) + len(self.forward_only.held)
 
-    def __call__(self, run: Run, inputs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, run: Run, inputs: Inputs) -> Any:
+        """The output of `run(**inputs)`; of a replay, with hidden states alone."""
         key = self._key(inputs)
         pool = self._pool()
         if key is None or any(captured.is_busy for captured in pool.held.values()):
@@ -165,24 +189,23 @@ class Graphs:
     def _pool(self) -> Pool:
         return self.with_backward if torch.is_grad_enabled() else self.forward_only
 
-    def _key(self, inputs: Mapping[str, Any]) -> Hashable:
+    def _key(self, inputs: Inputs) -> Hashable:
         """The key of the graph for these inputs; None if they have to run eagerly."""
-        given = {name for name, value in inputs.items() if value is not None}
-        if not isinstance(spans := inputs.get("spans"), Spans) or not given <= INPUTS:
-            return None
-        ids = inputs["input_ids"]
         if self._structure() != self.structure:
             self.forget()
-        if ids.numel() >= self.max_positions or torch.is_inference_mode_enabled() or self._has_hooks():
+        spans: Spans = inputs["spans"]
+        grid, device = grid_of(inputs), spans.query_starts.device.type
+        if grid.numel() >= self.max_positions or torch.is_inference_mode_enabled() or self._has_hooks():
             return None
-        device = ids.device.type
+        if (name := _unbounded(inputs, grid)) is not None:
+            self._disable(f"its layers read {name!r}, which has another shape in every batch")
+            return None
         return (
             torch.is_grad_enabled(),
-            self.model().training,
+            self.decoder().training,
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
             *self._settings(),
-            *((name, value.shape) for name, value in inputs.items() if isinstance(value, Tensor)),
-            (spans.query_starts.shape, spans.keys is None or spans.keys.shape),
+            _kind(inputs),
             (spans.longest_query, spans.longest_key),
             *self._weights(),
         )
@@ -214,7 +237,7 @@ class Graphs:
         held = (table[name] for table, name in self.places)
         return (None if p is None else (p.data_ptr(), p.requires_grad) for p in held)
 
-    def _capture(self, key: Hashable, run: Run, inputs: Mapping[str, Any]) -> Captured | None:
+    def _capture(self, key: Hashable, run: Run, inputs: Inputs) -> Captured | None:
         """Capture the layers on these inputs; None if they have to run eagerly this time or always."""
         if not self.gradients.fit():
             self.forget()
@@ -246,9 +269,32 @@ class Graphs:
         self.max_positions = 0
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        logger.warning(f"{type(self.model()).__name__} runs without CUDA graphs: {reason}.")
+        logger.warning(f"{type(self.decoder()).__name__} runs without CUDA graphs: {reason}.")
 
     def _may_try(self, pool: Pool) -> bool:
         """Whether the check of the first graph would overwrite no gradient that earlier micro-batches accumulated."""
-        grads = (p.grad for p in self.model().parameters())
+        grads = (p.grad for p in self.decoder().parameters())
         return pool is self.forward_only or not any(grad is not None and grad.any() for grad in grads)
+
+
+def _unbounded(inputs: Inputs, grid: torch.Size) -> str | None:
+    """The name of an argument whose shape does not follow from B and T, so that there would be a graph for every batch."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            follows = grid in (value.shape[:2], value.shape[-2:]) or value.numel() == 1
+        elif isinstance(value, dict):
+            follows = _unbounded(value, grid) is None
+        else:
+            follows = isinstance(value, bool | int | float | str | Spans | None)
+        if not follows:
+            return name
+    return None
+
+
+def _kind(value: Any) -> Hashable:
+    """What a graph depends on in an argument: all of a constant; shape, precision and need of a gradient of tensors."""
+    if isinstance(value, Mapping):
+        return tuple((name, _kind(each)) for name, each in value.items())
+    if isinstance(value, Spans):
+        return tuple(x.shape for x in tensors_of({"spans": value}))
+    return (value.shape, value.dtype, value.requires_grad) if isinstance(value, Tensor) else value

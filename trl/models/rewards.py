@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl.errors import ModelError
-from trl.models.graphs import replayed
 from trl.models.patching import is_patched, patch_forward, with_self
 from trl.models.rotary import rotate_by_own_length
 from trl.models.score import segment_attention, unwrap
@@ -76,15 +75,10 @@ def _accepting_positions(plain: Callable) -> Callable:
         if reward_at is None:
             return self._trl_plain_forward(*args, **kwargs)
         kwargs, blank = read_blank(self, kwargs)
-        hidden = replayed(self, functools.partial(_hidden_states, self, *args), kwargs) + blank()
+        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state + blank()
         return self.score(hidden.flatten(0, 1).index_select(0, reward_at)).squeeze(-1)
 
     return with_self(forward, plain)
-
-
-def _hidden_states(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
-    """Hidden states `[B,T,H]`, the head's input."""
-    return model.base_model(*args, **kwargs, use_cache=False).last_hidden_state
 
 
 def _of_whole_rows(model: nn.Module, batch: Batch, per_token: bool) -> Tensor:

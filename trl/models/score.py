@@ -35,7 +35,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from trl.errors import ModelError
 from trl.models.adapters import wrapped_layer
 from trl.models.attention import layer_masks
-from trl.models.graphs import replayed
 from trl.models.layer_sharing import encoded
 from trl.models.patching import evaluating, is_patched, patch_forward, replaced_forwards, with_self
 from trl.models.rotary import rotate_by_own_length
@@ -189,10 +188,6 @@ def _head_forward(self: nn.Module, hidden: Tensor | None, score: ScoreRequest | 
 
 def _hidden_states(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """Hidden states `[B,T,H]`, the input of the language-model head."""
-    return replayed(model, functools.partial(_recorded, model, head, *args), kwargs)
-
-
-def _recorded(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     recorded: list[Tensor] = []
     head._trl_recorded = recorded
     try:

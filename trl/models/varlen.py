@@ -79,7 +79,8 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention `[B,T,hg,D]` of queries `[B,hg,T,D]` to keys `[B,h,T,D]`, by the spans of the batch if it has any."""
-    if spans is None:
+    # An image encoder within the model may be given the spans of the text as well.
+    if spans is None or not getattr(module, "is_causal", True):
         if query.shape[2] > 1 and attention_mask is not None and attention_mask.shape == (1, 1, 1, 1):
             raise ModelError(
                 f"{type(module).__name__} did not get the keyword spans: its model does not pass keyword arguments of forward "

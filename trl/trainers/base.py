@@ -76,7 +76,7 @@ from trl.trainers.option_effects import warn_of_image_options
 from trl.trainers.options import resolve_args
 from trl.trainers.out_of_memory import remedies
 from trl.trainers.processor import processor_for, processor_source, take_chat_template
-from trl.trainers.reference import reference_models, sync_callbacks
+from trl.trainers.reference import sync_callbacks
 from trl.trainers.router import RouterTerm, router_loss
 from trl.trainers.rows import RowsOfModel
 from trl.training.length_samplers import STRATEGIES, sampler_by_length
@@ -412,12 +412,6 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     def _loss_alone(self, item: Example, batch: Batch) -> Tensor:
         with without_graphs(unwrap(self.model)):
             return super()._loss_alone(item, batch)
-
-    def _also_reading(self) -> list[PreTrainedModel]:
-        """Other models that run on the policy's batches: a reference, a value network."""
-        own = set(unwrap(self.model).modules())
-        beside = [each for each in self.model.modules() if isinstance(each, PreTrainedModel) and each not in own]
-        return [*beside, *reference_models(self.reference)]
 
     def _compare_with(self, reference: Reference) -> None:
         """Set `reference` as the trainer's reference; with sync_ref_model it is updated and saved in checkpoints."""

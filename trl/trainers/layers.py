@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel
 
 from trl.errors import ConfigError
@@ -19,8 +20,8 @@ from trl.models.kept_activations import keep_less
 from trl.models.load import has_dropout
 from trl.models.reference import Reference
 from trl.models.rotary import length_dependent
-from trl.models.score import score, unwrap, without_wrapper
-from trl.models.value_heads.auto_models import WithValueHead
+from trl.models.score import score, unwrap
+from trl.models.value_heads.heads import ValueBranch
 from trl.models.varlen import VARLEN
 from trl.ops.logprobs import has_triton
 from trl.trainers.activation_plan import ActivationPlan, CheckpointFirstLayers, free_bytes, plan_activations
@@ -69,23 +70,27 @@ class RunsLayers(EvaluatingTrainer):
     def _capture_layers(self, inner: PreTrainedModel) -> None:
         """Capture layers as CUDA graphs if possible. Raises ConfigError if `cuda_graphs=True` and it is not possible."""
         args, checkpointing = self.args, self.args.gradient_checkpointing_kwargs or {}
+        networks, head = networks_of(self.model), dict(self.model.named_children()).get("v_head")
+        sees_ahead = self.images is not None and self.images.family.sees_ahead != "causal"
         recomputes = args.gradient_checkpointing and (self.activation_plan is not None or not self.plans_activations())
         reasons = {
             "a device other than CUDA": not self._is_on_cuda(),
             "FSDP and DeepSpeed": self.is_sharded,
-            "attention with masks": inner.config._attn_implementation != VARLEN or self.layout == "padded",
+            "attention with masks": inner.config._attn_implementation != VARLEN
+            or self.layout == "padded"
+            or sees_ahead,
             "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
             "the load-balancing loss of experts": self.term is not None,
-            "a value head": isinstance(without_wrapper(self.model), WithValueHead),  # which reads layers by hooks
-            "images": self.images is not None,
+            "num_value_layers": isinstance(head, ValueBranch),  # which reads a lower layer by a hook
             "a rotary embedding that depends on lengths": bool(length_dependent(inner.config)),
             "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "activation_offloading": args.activation_offloading,
             "use_liger_kernel": args.use_liger_kernel,  # replays of its layers give different results, as seen on an H200
-            "dropout in checkpointed layers": recomputes and has_dropout(inner),
+            "dropout in checkpointed layers": recomputes and any(map(has_dropout, networks)),
             "reentrant checkpointing": checkpointing.get("use_reentrant", False),
         }
-        release(inner, for_good=True)  # graphs of an earlier trainer of this model, with other options
+        for network in networks:  # graphs of an earlier trainer of this model, with other options
+            release(network, for_good=True)
         reason = next((words for words, holds in reasons.items() if holds), None)
         if args.cuda_graphs and reason is not None:
             raise ConfigError(f"cuda_graphs=True cannot be combined with {reason}: leave one of them out.")
@@ -93,8 +98,12 @@ class RunsLayers(EvaluatingTrainer):
             if recomputes:  # without dropout no random state is needed, and it cannot be read during capture
                 args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
             capture_layers(inner)
-            for reference in reference_models(self.reference):
-                capture_as(reference, inner)
+            for other in self._also_reading():
+                capture_as(other, inner)
+
+    def _also_reading(self) -> list[PreTrainedModel]:
+        """Other models that run on the policy's batches: a value network, a reference."""
+        return [*networks_of(self.model)[1:], *reference_models(self.reference)]
 
     def captures_by_default(self) -> bool:
         """Whether layers are captured as CUDA graphs if `cuda_graphs` is None."""
@@ -147,3 +156,10 @@ class RunsLayers(EvaluatingTrainer):
 
     def _is_on_cuda(self) -> bool:
         return self.args.device.type == "cuda"
+
+
+def networks_of(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of `transformers` in the module that is trained: the policy, and after it a value network, if there is one."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [network for part in model.children() for network in networks_of(part)]

@@ -183,10 +183,10 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def prepare_model(self) -> None:
-        super().prepare_model()
-        if isinstance(self.model.v_head, ValueModel) and not self.model.config.is_encoder_decoder:
-            self.layout = layout_with_value_model(self.model, self.layout, self.args)
+    def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
+        layout = super()._choose_layout(inner, **options)
+        is_separate = isinstance(self.model.v_head, ValueModel)
+        return layout_with_value_model(self.model, layout, self.args) if is_separate else layout
 
     def _make_reference(self) -> Reference:
         inner, new = self.model.pretrained_model, self.model.has_new_adapter
