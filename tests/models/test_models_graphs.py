@@ -583,6 +583,15 @@ def test_layers_that_cannot_be_captured_run_and_are_named_once(captured, caplog)
     assert "not permitted" in record.message
 
 
+def test_a_model_that_is_its_own_decoder_runs(captured, caplog):
+    _, model, _ = captured()
+    model.get_decoder = lambda: model
+    capture_layers(model, Recorder())
+    assert "not apart" in caplog.text
+    assert graphs_of(model) is None
+    assert score(model, batch_of(0)).logprobs.any()
+
+
 def test_a_backward_that_cannot_be_captured_leaves_no_hooks(captured):
     model, plain, _ = captured()
 

@@ -13,6 +13,9 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_u
 from tests.conftest import WIDTHS
 from tests.models.test_models_graphs import Recorder
 from tests.trainers.ppo_support import TRIPLETS
+from tests.vision.support import gemma3, llava, qwen2_5_vl
+from tests.vision.test_vision_training import LORA, history, trainer_of
+from tests.vision.test_vision_training import rows as image_rows
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
 from trl.models.compiled import repeated_layers
@@ -317,7 +320,9 @@ def test_a_run_with_values_whose_layers_are_replayed_is_the_same(
             trainer.train(resume_from_checkpoint=steps == 6 and captures)
             assert (recorder.replays >= before + 4) == captures
         log = trainer.state.log_history
-        logs.append([[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in log if "train_runtime" not in e])
+        logs.append(
+            [[e.get(k, 0) for k in ("loss", "eval_loss", "grad_norm")] for e in log if "train_runtime" not in e]
+        )
     assert len(logs[0]) == len(logs[1]) == 6 + 2
     for ours, plain in zip(*logs, strict=True):
         assert ours == pytest.approx(plain, rel=1e-4, abs=1e-5)
@@ -347,6 +352,31 @@ def test_values_of_own_layers_are_refused(make_model, tokenizer, as_on_cuda_in_g
     config = PPOConfig(batch_size=4, use_cpu=True, bf16=True, cuda_graphs=True, num_value_layers=1)
     with pytest.raises(ConfigError, match="cuda_graphs=True.*num_value_layers"):
         PPOTrainer(config, make_model("llama"), None, tokenizer)
+
+
+IMAGES = {
+    "dpo": (qwen2_5_vl, "pairs", {"peft_config": LoraConfig(**LORA)}),  # with features that are kept
+    "sft": (llava, "completion", {}),
+    "grpo": (qwen2_5_vl, "prompts", {"num_generations": 2, "beta": 0.1, "gradient_checkpointing": False}),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_a_run_on_images_whose_layers_are_replayed_is_the_same(tmp_path, monkeypatch, as_on_cuda_in_graphs, kind):
+    make, data, options = IMAGES[kind]
+    recorder, found = as_on_cuda_in_graphs, []
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setattr(Graphs, "_capture", lambda *_: None)
+        options = options | {"bf16": True, "cuda_graphs": True, "max_steps": 4, "html_report": False}
+        found.append(history(trainer_of(kind, tmp_path, make(), image_rows(data), **options)))
+    assert recorder.replays >= 4
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+
+
+def test_images_that_see_ahead_are_refused(tmp_path, as_on_cuda):
+    with pytest.raises(ConfigError, match="cuda_graphs=True.*attention with masks"):
+        trainer_of("sft", tmp_path, gemma3(), image_rows("completion"), bf16=True, cuda_graphs=True)
 
 
 def by_length(completions, **_):

@@ -27,7 +27,7 @@ from trl.models.memory import (
     trace_step,
     tracing,
 )
-from trl.models.score import unwrap
+from trl.models.score import networks_of, unwrap
 from trl.trainers.activation_plan import ActivationPlan
 from trl.trainers.base import BaseTrainer
 from trl.trainers.heaviest import heaviest_window
@@ -153,7 +153,7 @@ class _Step:
         if all(captures(inner, batch.positions) for batches in slots for batch in batches):
             for parameter in trainer.model.parameters():  # CUDA graphs accumulate into preallocated gradients
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        with without_graphs(inner):
+        with without_graphs(*networks_of(trainer.model)):
             for batches in slots:
                 trainer.training_step(trainer.model, [_unmasked(batch) for batch in batches], 1)
 

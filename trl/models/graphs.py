@@ -64,8 +64,11 @@ def graphs_of(model: PreTrainedModel) -> Graphs | None:
 def capture_layers(model: PreTrainedModel, record: Record | None = None) -> None:
     """Run the layers of `model` as graphs, made by `record` (default: CUDA graphs)."""
     decoder = model.get_decoder()
-    if "_trl_graphs" not in vars(decoder) or not is_patched(decoder):
+    if not is_patched(decoder):
         patch_forward(decoder, _replaying(decoder.forward))
+    elif "_trl_graphs" not in vars(decoder):  # patched by whoever reads its head
+        logger.warning(f"{type(model).__name__} runs without CUDA graphs: its layers are not apart from its head.")
+        return
     decoder._trl_graphs = Graphs(decoder, record or cuda_graph)
 
 
@@ -98,17 +101,16 @@ def _replaying(plain: Callable) -> Callable:
 
 
 @contextmanager
-def without_graphs(model: PreTrainedModel) -> Iterator[None]:
-    """Run the model eagerly within the context, so that `torch.autograd.grad` sees the weights, which replays hide."""
-    decoder, graphs = model.get_decoder(), graphs_of(model)
-    if graphs is None:
-        yield
-        return
-    decoder._trl_graphs = None
+def without_graphs(*models: PreTrainedModel) -> Iterator[None]:
+    """Run the models eagerly within the context, so that `torch.autograd.grad` sees the weights, which replays hide."""
+    held = {model.get_decoder(): graphs for model in models if (graphs := graphs_of(model)) is not None}
+    for decoder in held:
+        decoder._trl_graphs = None
     try:
         yield
     finally:
-        decoder._trl_graphs = graphs
+        for decoder, graphs in held.items():
+            decoder._trl_graphs = graphs
 
 
 def cuda_graph(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:

@@ -129,6 +129,13 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_fp32_wrapper=True)
 
 
+def networks_of(model: nn.Module) -> list[PreTrainedModel]:
+    """The models of `transformers` in a module that is trained: the policy, and after it a value network, if there is one."""
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [network for part in model.children() for network in networks_of(part)]
+
+
 def prepare_scoring(model: PreTrainedModel) -> None:
     """Patch the forward of `model` to take the keyword `score`. A second call has no effect.
 

@@ -27,7 +27,7 @@ from trl.counts import counted, size_of
 from trl.models.checkpointing import checkpointable_layers, kept_for_backward, layers_to_recompute
 from trl.models.graphs import without_graphs
 from trl.models.patching import training
-from trl.models.score import unwrap
+from trl.models.score import networks_of, unwrap
 from trl.trainers.heaviest import LearnsFromRows, heaviest_window, shortened
 from trl.training.optimizers import StateSizes
 from trl.types import Batch, Example
@@ -158,7 +158,7 @@ def _measured(trainer: PlansActivations, examples: list[Example], share: float) 
     with (
         preserved_rng,
         training(model),
-        without_graphs(inner),
+        without_graphs(*networks_of(model)),
         _narrowed(inner.config, share),
         trainer.accelerator.autocast(),
     ):

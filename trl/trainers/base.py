@@ -63,7 +63,7 @@ from trl.models.load import (
 from trl.models.patching import evaluating
 from trl.models.positions import learned_positions, pretrained_length
 from trl.models.reference import FrozenModel, Reference
-from trl.models.score import prepare_scoring, unwrap
+from trl.models.score import networks_of, prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.noise import without_noise, without_warnings
@@ -410,7 +410,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         return self.lay_out_rows(items)
 
     def _loss_alone(self, item: Example, batch: Batch) -> Tensor:
-        with without_graphs(unwrap(self.model)):
+        with without_graphs(*networks_of(self.model)):
             return super()._loss_alone(item, batch)
 
     def _compare_with(self, reference: Reference) -> None:

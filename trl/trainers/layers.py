@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel
 
 from trl.errors import ConfigError
@@ -20,7 +19,7 @@ from trl.models.kept_activations import keep_less
 from trl.models.load import has_dropout
 from trl.models.reference import Reference
 from trl.models.rotary import length_dependent
-from trl.models.score import score, unwrap
+from trl.models.score import networks_of, score, unwrap
 from trl.models.value_heads.heads import ValueBranch
 from trl.models.varlen import VARLEN
 from trl.ops.logprobs import has_triton
@@ -156,10 +155,3 @@ class RunsLayers(EvaluatingTrainer):
 
     def _is_on_cuda(self) -> bool:
         return self.args.device.type == "cuda"
-
-
-def networks_of(model: nn.Module) -> list[PreTrainedModel]:
-    """The models of `transformers` in the module that is trained: the policy, and after it a value network, if there is one."""
-    if isinstance(model, PreTrainedModel):
-        return [model]
-    return [network for part in model.children() for network in networks_of(part)]
