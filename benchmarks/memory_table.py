@@ -13,7 +13,6 @@ ran. Neither counts a CUDA context, 0.7 GiB.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -90,7 +89,7 @@ Parts = dict[str, int]
 def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool = False) -> dict[str, Parts]:
     """By what of the model is trained: all of it, or an `adapter`, on a model in bfloat16 and on one in 4 bits.
 
-    Weights in 4 bits run as those in bfloat16 do, without CUDA graphs.
+    Weights in 4 bits run as those in bfloat16 do.
     """
     load = loads()[method]
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -100,9 +99,8 @@ def estimated(size: str, method: str, options: dict[str, Any], *, adapter: bool 
     more = {"model": made, "train_dataset": rows, "peft_config": peft_config, **load.arguments}
     if not adapter:
         return {"full": traced(load.trainer, config, **more)[1]}
-    parts = traced(load.trainer, config, **copy.deepcopy(more))[1]
-    trainer, of_frozen = traced(load.trainer, config | {"cuda_graphs": False}, **more)
-    return {"LoRA": parts, "QLoRA": quantised(of_frozen, trainer.model, 4)}
+    trainer, parts = traced(load.trainer, config, **more)
+    return {"LoRA": parts, "QLoRA": quantised(parts, trainer.model, 4)}
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -7,14 +7,19 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from tests.conftest import make_tokenizer
+from tests.models.test_models_graphs import Recorder, assert_same, batch_of, step
 from tests.vision.support import llava
 from tests.vision.test_vision_training import rows, trainer_of
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.imports import is_available
+from trl.models.graphs import LAUNCH_BOUND_FLOPS, capture_layers, captures, graphs_of, without_graphs
+from trl.models.load import keep_unpacked
+from trl.models.score import prepare_scoring
+from trl.models.varlen import VARLEN, switch
 
 pytestmark = pytest.mark.skipif(not is_available("bitsandbytes"), reason="bitsandbytes is not installed")
 
@@ -89,3 +94,35 @@ def test_an_adapter_on_a_quantised_model_that_reads_images_learns(tmp_path, bits
     moved, count = trained(trainer)
     assert moved == count > 0
     assert trainer.layout == ("packed" if name == "sft" else "shared")
+
+
+@pytest.mark.parametrize("bits", ["nf4", "fp4"])
+def test_an_adapter_on_four_bits_is_replayed(make_model, tmp_path, bits):
+    """With what stands in for CUDA's graphs."""
+    make_model("llama", **WIDE).save_pretrained(tmp_path / "base")
+    options = {"quantization_config": BitsAndBytesConfig(**BITS[bits]), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    keep_unpacked(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    prepare_scoring(model)
+    switch(model, VARLEN)
+    recorder = Recorder()
+    capture_layers(model, recorder)
+    for number in range(4):
+        batch = batch_of(number, 1)
+        found = step(adapted, batch)
+        found = found[0], {name: None if g is None else g.clone() for name, g in found[1].items()}
+        with without_graphs(model):
+            assert_same(found, step(adapted, batch))
+    assert recorder.recorded == 2
+    packed = model.model.layers[0].mlp.down_proj.base_layer.weight
+    packed.quant_state.absmax = (
+        packed.quant_state.absmax.clone()
+    )  # a graph of CUDA would read the scales that were there
+    before = graphs_of(model).count
+    for _ in range(2):
+        step(adapted, batch)
+    assert graphs_of(model).count == before + 1
+    numbers = 4 * 64 * 64 + 3 * 64 * 64 + 2 * 64 + 7 * 2 * (64 + 64)  # attention, MLP, norms, adapters
+    assert captures(model, int(0.99 * LAUNCH_BOUND_FLOPS / 6 / numbers))
+    assert not captures(model, int(1.01 * LAUNCH_BOUND_FLOPS / 6 / numbers))

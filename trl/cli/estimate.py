@@ -77,8 +77,9 @@ def estimate_memory(
     images, trainer.images, trainer.image_features = trainer.images, None, None
     libraries = libraries_bytes(device)
     config = unwrap(trainer.model).config.get_text_config(decoder=True)
+    if quantised_bits == 8:
+        trainer.args.cuda_graphs = False  # training with weights in 8 bits captures no CUDA graphs either
     if quantised_bits is not None:
-        trainer.args.cuda_graphs = False  # training with quantised weights captures no CUDA graphs either
         _round_as_factors(trainer)
     with restoring_rotations(unwrap(trainer.model)), tracing(config.vocab_size) as trace:
         take_shape(trainer.model, device)

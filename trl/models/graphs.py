@@ -149,9 +149,7 @@ class Graphs:
         self.decoder, self.record = weakref.ref(decoder), record
         layer = next(iter(repeated_layers(decoder)), None)
         # A layer of n weights takes 6 n operations per position, forward and backward.
-        self.max_positions = (
-            0.0 if layer is None else LAUNCH_BOUND_FLOPS / 6 / sum(p.numel() for p in layer.parameters())
-        )
+        self.max_positions = 0.0 if layer is None else LAUNCH_BOUND_FLOPS / 6 / sum(map(_numbers, layer.parameters()))
         self.forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -234,10 +232,15 @@ class Graphs:
         for dropout in self.dropouts:
             yield dropout.p if dropout.training else 0.0
 
-    def _weights(self) -> Iterator[tuple[int, bool] | None]:
+    def _weights(self) -> Iterator[Hashable]:
         """Address of each weight, and whether it is trained: a graph is valid for these alone."""
-        held = (table[name] for table, name in self.places)
-        return (None if p is None else (p.data_ptr(), p.requires_grad) for p in held)
+        for table, name in self.places:
+            if (p := table[name]) is None:
+                yield None
+                continue
+            yield p.data_ptr(), p.requires_grad
+            if (state := vars(p).get("quant_state")) is not None:
+                yield from _addresses(state)
 
     def _capture(self, key: Hashable, run: Run, inputs: Inputs) -> Captured | None:
         """Capture the layers on these inputs; None if they have to run eagerly this time or always."""
@@ -277,6 +280,21 @@ class Graphs:
         """Whether the check of the first graph would overwrite no gradient that earlier micro-batches accumulated."""
         grads = (p.grad for p in self.decoder().parameters())
         return pool is self.forward_only or not any(grad is not None and grad.any() for grad in grads)
+
+
+def _numbers(weight: nn.Parameter) -> int:
+    """How many numbers a weight has, also if two are packed into a byte."""
+    state = vars(weight).get("quant_state")
+    return weight.numel() if state is None else state.shape.numel()
+
+
+def _addresses(quant_state: Any) -> Iterator[int]:
+    """Addresses of the scales and codes of a weight in 4 bits; the scales may be quantised as well."""
+    for value in vars(quant_state).values():
+        if isinstance(value, Tensor):
+            yield value.data_ptr()
+    if quant_state.nested:
+        yield from _addresses(quant_state.state2)
 
 
 def _unbounded(inputs: Inputs, grid: torch.Size) -> str | None:

@@ -78,7 +78,9 @@ class RunsLayers(EvaluatingTrainer):
             "attention with masks": inner.config._attn_implementation != VARLEN
             or self.layout == "padded"
             or sees_ahead,
-            "quantised weights": getattr(inner, "hf_quantizer", None) is not None,
+            "quantised weights other than those in 4 bits of bitsandbytes": getattr(inner, "hf_quantizer", None)
+            is not None
+            and not vars(inner).get("is_loaded_in_4bit"),  # 8-bit kernels tell the host whether there are outliers
             "the load-balancing loss of experts": self.term is not None,
             "num_value_layers": isinstance(head, ValueBranch),  # which reads a lower layer by a hook
             "a rotary embedding that depends on lengths": bool(length_dependent(inner.config)),
