@@ -109,6 +109,7 @@ def brief(completions: list[str], log_metric: Callable, **_: object) -> list[flo
 ONLINE = {"reward_funcs": brief, "engine": Scripted(), "train_dataset": Dataset.from_dict({"prompt": PROMPTS})}
 PAIRS = {"num_generations": 2, "per_device_train_batch_size": 2 * BATCH // WORLD}
 LOOP = {"batch_size": 2 * BATCH // WORLD, "per_device_train_batch_size": 2 * BATCH // WORLD}
+REPLAYED = {"bf16": True, "use_cpu": True, "cuda_graphs": WORLD > 1}
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 2}
 REINFORCE = ReinforcePlusPlus(beta=0.1, entropy_bonus=EntropyBonus(0.1, target=4.7, step=0.02))
 CASES: dict[str, tuple] = {
@@ -140,7 +141,13 @@ CASES: dict[str, tuple] = {
         SFTTrainer,
         tied,
         {"train_dataset": Dataset.from_dict({"text": TEXTS})},
-        {"gradient_accumulation_steps": BATCH // WORLD, "bf16": True, "use_cpu": True},
+        {"gradient_accumulation_steps": BATCH // WORLD, **REPLAYED},
+    ),
+    "graphs_critic": (
+        PPOTrainer,
+        language_model,
+        {**ONLINE, "value_model": classifier()},
+        {**LOOP, "ppo_epochs": 2, **REPLAYED},
     ),
     "few": (  # prompts: the second process evaluates two and then none, after one step
         GRPOTrainer,
@@ -201,11 +208,11 @@ def replaying() -> Iterator[None]:
     instead = {
         "_is_on_cuda": lambda self: True,
         "_fuses": lambda self: False,
-        "captures_by_default": lambda self: WORLD > 1,
     }
     with (
         patch.multiple(BaseTrainer, **instead),
         patch("trl.models.layouts.has_varlen", lambda model: True),
+        patch("trl.trainers.ppo.model.has_varlen", lambda model: True),
         patch("torch.cuda.is_bf16_supported", lambda: True),
         patch("trl.models.graphs.cuda_graph", recorder),
     ):
@@ -219,7 +226,7 @@ def trained(folder: Path, name: str, lora: bool) -> dict:
     model = make_model()
     args = trainer_class.config_class(**options(folder, extra))
     given = {"eval_dataset": arguments["train_dataset"], **arguments, **adapter(lora)}
-    with replaying() if name == "graphs" else nullcontext():
+    with replaying() if name.startswith("graphs") else nullcontext():
         trainer = trainer_class(args=args, model=model, tokenizer=make_tokenizer(), **given)
         trainer.train()
     trainer.save_model(str(folder / "model"))

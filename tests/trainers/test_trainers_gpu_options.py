@@ -1,5 +1,6 @@
 """Options for GPUs that need none to be checked."""
 
+import copy
 import os
 from contextlib import contextmanager
 from math import ceil, floor
@@ -8,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForSequenceClassification, modeling_utils
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForSequenceClassification, modeling_utils
 
 from tests.conftest import WIDTHS
 from tests.models.test_models_graphs import Recorder
@@ -18,6 +19,7 @@ from tests.vision.test_vision_training import LORA, history, trainer_of
 from tests.vision.test_vision_training import rows as image_rows
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
+from trl.imports import is_available
 from trl.models.compiled import repeated_layers
 from trl.models.graphs import Graphs, graphs_of
 from trl.trainers.activation_plan import FRAGMENTATION
@@ -377,6 +379,33 @@ def test_a_run_on_images_whose_layers_are_replayed_is_the_same(tmp_path, monkeyp
 def test_images_that_see_ahead_are_refused(tmp_path, as_on_cuda):
     with pytest.raises(ConfigError, match="cuda_graphs=True.*attention with masks"):
         trainer_of("sft", tmp_path, gemma3(), image_rows("completion"), bf16=True, cuda_graphs=True)
+
+
+@pytest.mark.skipif(not is_available("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_a_run_on_four_bits_is_replayed_and_one_on_eight_is_refused(
+    make_model, tokenizer, tmp_path, monkeypatch, as_on_cuda_in_graphs
+):
+    blocks = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
+    make_model("llama", **blocks).save_pretrained(tmp_path / "base")
+    recorder, losses = as_on_cuda_in_graphs, []
+    options = common_options(max_steps=4, use_cpu=True, bf16=True, cuda_graphs=True, learning_rate=1e-2)
+    args = SFTConfig(output_dir=str(tmp_path / "run"), html_report=False, **options)
+
+    def trainer_on(**bits):
+        data = {"train_dataset": Dataset.from_dict(ROWS["sft"]), "processing_class": tokenizer}
+        data |= {"quantization_config": BitsAndBytesConfig(**bits), "peft_config": LoraConfig(r=2)}
+        return SFTTrainer(str(tmp_path / "base"), copy.deepcopy(args), **data)
+
+    with pytest.raises(ConfigError, match="cuda_graphs=True.*quantised weights"):
+        trainer_on(load_in_8bit=True)
+    for captures in (True, False):
+        if not captures:
+            monkeypatch.setattr(Graphs, "_capture", lambda *_: None)
+        trainer = trainer_on(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert recorder.replays >= 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def by_length(completions, **_):
