@@ -7,25 +7,23 @@ single completions    predictions [N]: rewards                               lab
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
-from trl.errors import ConfigError
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
+from trl.training.collectives import all_gather_object
 from trl.types import Example, Metrics
 
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 class PredictsRewards(BaseTrainer):
-    """A trainer that passes the rewards of an evaluation to `compute_metrics`, and returns them from `predict`.
-
-    Both work in one process only.
-    """
+    """A trainer that passes the rewards of an evaluation to `compute_metrics`, and returns them from `predict`."""
 
     def __init__(
         self,
@@ -42,8 +40,6 @@ class PredictsRewards(BaseTrainer):
         self._predicted: list[tuple[Example, Tensor, Tensor]] = []
         self._keeps_rewards = False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **keywords)
-        if compute_metrics is not None and self.accelerator.num_processes > 1:
-            raise ConfigError("compute_metrics works in one process: evaluate apart from training, or leave it out.")
         self.compute_metrics = compute_metrics
 
     def predicted(self, metrics: Metrics, items: Sequence[Example]) -> tuple[Tensor, Tensor] | None:
@@ -75,9 +71,17 @@ class PredictsRewards(BaseTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool | None = None, *_: Any, **__: Any
     ) -> tuple[None, Tensor | None, Tensor | None]:
-        self._predicted, self._keeps_rewards = [], not prediction_loss_only and self.accelerator.num_processes == 1
+        self._predicted, self._keeps_rewards = [], not prediction_loss_only
         super().prediction_step(model, inputs)
-        if not self._predicted:
+        if prediction_loss_only:
             return None, None, None
-        _, predictions, labels = zip(*self._predicted, strict=True)
+        own = [(prediction.cpu(), label.cpu()) for _, prediction, label in self._predicted]
+        found = list(chain(*all_gather_object(own, self.accelerator)))
+        if not found:
+            return None, None, None
+        predictions, labels = zip(*found, strict=True)
         return None, torch.stack(predictions), torch.stack(labels)
+
+    def gather_predictions(self, predictions: Any) -> Any:
+        """Return `predictions`: `prediction_step` gathers them, since a process whose rows are all repeated has none to gather."""
+        return predictions

@@ -8,12 +8,14 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import recursively_apply
 from datasets import IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from trl.errors import ConfigError
+from trl.training.collectives import gather_rows
 from trl.training.evaluated_rows import ByRow, Filled, RowItems
 from trl.training.metrics import Meter
 from trl.training.parallel import unduplicated_rows
@@ -30,6 +32,7 @@ class EvaluatingTrainer(StepTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.meters["eval"] = Meter()
+        self._counted = 0
 
     def prediction_step(self, model: nn.Module, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
         """Add a batch to the evaluation metrics; no predictions are stored or gathered."""
@@ -48,8 +51,16 @@ class EvaluatingTrainer(StepTrainer):
         else:  # a batch of the user's own data loader
             rows = [[item] for item in self.items(inputs, source=EVAL)]
             most = len(rows)
-        counted = rows[: unduplicated_rows(self.args, self.accelerator, most)]
-        return list(chain(*counted)), list(chain(*rows))
+        counted = list(chain(*rows[: unduplicated_rows(self.args, self.accelerator, most)]))
+        self._counted = len(counted)
+        return counted, list(chain(*rows))
+
+    def gather_predictions(self, predictions: Any) -> Any:
+        """Predictions or labels of all processes, `[N,…]`, in the order of the dataset; those of repeated rows are left out.
+
+        Each process passes tensors (one, or several in a tuple) with a row for every item of its last evaluation batch.
+        """
+        return recursively_apply(lambda rows: gather_rows(rows[: self._counted], self.accelerator)[0], predictions)
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
@@ -116,6 +127,7 @@ class EvaluatingTrainer(StepTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As in `transformers`, but metrics are means over the whole dataset and not means of batch means."""
+        self.gather_function = self.gather_predictions  # `transformers` sets its own again when the loop ends
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self.meters["eval"].read(self._gather, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
