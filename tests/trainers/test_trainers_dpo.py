@@ -304,6 +304,7 @@ def test_fronts_are_dpo_losses():
     assert CPOConfig(ld_alpha=0.5, loss_type="alphapo", alpha=0.1).make_algorithm().alphapo_alpha == 0.1
     assert CPOConfig(loss_type="alphapo").make_algorithm().terms == [("alphapo", 1.0)]
     assert CPOConfig(loss_type="alphapo", cpo_alpha=0.2).make_algorithm().terms == [("alphapo", 1.0), ("sft", 0.2)]
+    assert CPOConfig(loss_type="simpo", alpha=0.1).make_algorithm().terms == [("alphapo", 1.0), ("sft", 1.0)]
     with pytest.raises(ConfigError, match=r"Unknown reference_free 'False'\. Known: True"):
         CPOConfig(reference_free=False)
     with pytest.raises(ConfigError, match=r"Unknown loss_type 'sigmoid'\. Known: orpo"):

@@ -31,6 +31,7 @@ class CPOConfig(DPOConfig):
     has 0."""
 
     alphapo_alpha: float = 0.0
+    """Shape of AlphaPO's reward (arXiv:2501.03884); with loss_type="simpo", whose reward has 0, another value makes it AlphaPO."""
 
     reference_free: Literal[True] = True
     """Always true: none of these losses has a reference."""
@@ -38,6 +39,8 @@ class CPOConfig(DPOConfig):
     def __post_init__(self) -> None:
         if self.cpo_alpha is None:
             self.cpo_alpha = 0.0 if self.loss_type == "alphapo" else 1.0
+        if self.loss_type == "simpo" and self.alphapo_alpha:
+            self.loss_type = "alphapo"  # SimPO is AlphaPO with α = 0
         super().__post_init__()
 
     def make_algorithm(self) -> DPO:
