@@ -100,6 +100,17 @@ def test_the_only_batch_is_not_dropped(tmp_path):
         check_full_batch(args, 5)
 
 
+def test_every_process_reads_its_own_batches(tmp_path):
+    for given in (None, {"split_batches": True}):
+        args = SFTConfig(output_dir=str(tmp_path), **CPU, accelerator_config=given)
+        assert args.accelerator_config.dispatch_batches is False
+        assert args.accelerator_config.split_batches is (given is not None)
+    with pytest.raises(
+        ConfigError, match="accelerator_config: dispatch_batches=True would send batches from one process"
+    ):
+        SFTConfig(output_dir=str(tmp_path), **CPU, accelerator_config={"dispatch_batches": True})
+
+
 def test_intervals_that_nothing_waits_for_may_be_0(tmp_path):
     SFTConfig(output_dir=str(tmp_path), **CPU, logging_strategy="no", logging_steps=0, save_strategy="no", save_steps=0)
 

@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from tests.conftest import MODELS, make_tokenizer
 from tests.processes import tell
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, SFTConfig, SFTTrainer
+from trl.errors import ConfigError
 
 FOLDER = sys.argv[1]
 WORDS = ["a", "a fox", "far away", "it", "no one"]
@@ -35,9 +36,8 @@ def evaluate(name, trainer_class, rows, preprocess=None, **options):
         seen[:] = [found.predictions.tolist(), found.label_ids.tolist() if preprocess is None else []]
         return {}
 
-    args = trainer_class.config_class(
-        f"{FOLDER}/{name}", per_device_eval_batch_size=2, use_cpu=True, html_report=False, **options
-    )
+    common = {"output_dir": f"{FOLDER}/{name}", "use_cpu": True, "html_report": False, "per_device_eval_batch_size": 2}
+    args = trainer_class.config_class(**common | options)
     own = {"compute_metrics": keep} | ({"preprocess_logits_for_metrics": preprocess} if preprocess else {"ref_model": REFERENCE})
     torch.manual_seed(0)
     trainer = trainer_class(MODELS["llama"](), args=args, eval_dataset=rows, processing_class=make_tokenizer(), **own)
@@ -48,22 +48,29 @@ def evaluate(name, trainer_class, rows, preprocess=None, **options):
 
 evaluate("pairs", DPOTrainer, PAIRS)
 evaluate("streamed", DPOTrainer, PAIRS.to_iterable_dataset())
+evaluate("split", DPOTrainer, PAIRS, per_device_eval_batch_size=6, accelerator_config={"split_batches": True})
 evaluate("rated", KTOTrainer, RATED, loss_type="apo_zero_unpaired")
 evaluate("texts", SFTTrainer, TEXTS, first_and_count)
 evaluate("packed", SFTTrainer, TEXTS, first_and_count, packing=True, max_length=24)
+try:
+    SFTConfig(f"{FOLDER}/uneven", use_cpu=True, accelerator_config={"even_batches": False})
+except ConfigError as error:
+    tell(FOLDER, "uneven", str(error))
 """
-SHAPES = {"pairs": (5, 2), "streamed": (5, 2), "rated": (5,), "texts": (5, 2), "packed": (5, 2)}
+NAMES = ("pairs", "streamed", "split", "rated", "texts", "packed")
 
 
 def test_two_processes_predict_as_one(tmp_path):
     run_well(ALONE, PROGRAM, tmp_path / "one")
     run_well(TOGETHER, PROGRAM, tmp_path / "two")
     one, two = told(tmp_path / "one"), told(tmp_path / "two")
-    for name, shape in SHAPES.items():
+    for name in NAMES:
         expected, labels, predicted = one[0, name]
-        assert len(expected) == shape[0]
+        assert len(expected) == 5
         assert predicted == expected
         for rank in range(2):
             assert two[rank, name][0] == [pytest.approx(row, abs=1e-5) for row in expected], (name, rank)
             assert two[rank, name][1] == labels
             assert two[rank, name][2] == two[rank, name][0]
+    assert (0, "uneven") not in one
+    assert "even_batches=False would give some processes fewer batches" in two[1, "uneven"]

@@ -66,6 +66,15 @@ def test_a_row_that_is_there_again_changes_no_metric(make, make_model, tmp_path)
     assert found[0] == pytest.approx(found[1])
 
 
+def test_no_row_of_an_evaluation_is_dropped(make_model, tmp_path):
+    found = []
+    for drops in (False, True):
+        args = SFTConfig(**options(tmp_path / str(drops), dataloader_drop_last=drops, per_device_eval_batch_size=3))
+        trainer = SFTTrainer(make_model("llama"), args, eval_dataset=TEXTS, processing_class=make_tokenizer())
+        found.append((trainer.evaluate()["eval_loss"], trainer.args.dataloader_drop_last))
+    assert found == [(found[0][0], False), (found[0][0], True)]
+
+
 def test_kto_goes_along_with_other_processes_without_a_row_of_its_own(make_model, tmp_path):
     trainer = labelled(tmp_path, make_model("llama"))
     trainer._most = lambda count: 1

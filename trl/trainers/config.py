@@ -22,7 +22,7 @@ from trl.option_names import OptionNames
 from trl.option_types import check_choices, describe_fields
 from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
 from trl.trainers.option_effects import warn_of_options
-from trl.training.parallel import check_processes, processes_on_cpu
+from trl.training.parallel import check_processes, processes_on_cpu, read_on_every_process
 
 ALIASES = {
     "max_seq_length": "max_length",
@@ -220,13 +220,12 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             self.activation_checkpointing = self.gradient_checkpointing
             if self.activation_checkpointing_kwargs is None:
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        if self.accelerator_config is None:
-            self.accelerator_config = {"dispatch_batches": False}
         if not accelerated:
             self.dataloader_pin_memory = False
         with processes_on_cpu(self):
             super().__post_init__()
             check_processes(self)
+        read_on_every_process(self)
         self.plans_checkpointing = plans
 
     def __setattr__(self, name: str, value: Any) -> None:

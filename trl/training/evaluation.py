@@ -51,7 +51,7 @@ class EvaluatingTrainer(StepTrainer):
         else:  # a batch of the user's own data loader
             rows = [[item] for item in self.items(inputs, source=EVAL)]
             most = len(rows)
-        counted = list(chain(*rows[: unduplicated_rows(self.args, self.accelerator, most)]))
+        counted = list(chain(*rows[: unduplicated_rows(self.accelerator, most)]))
         self._counted = len(counted)
         return counted, list(chain(*rows))
 
@@ -65,16 +65,16 @@ class EvaluatingTrainer(StepTrainer):
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
     ) -> DataLoader:
-        """As in `transformers`, but evaluation batches tell which of their rows count."""
-        given = self.data_collator
+        """As in `transformers`, but evaluation batches tell which of their rows count, and none is dropped."""
+        given, drops = self.data_collator, self.args.dataloader_drop_last
         if not is_training:
-            self.data_collator = ByRow(given)
+            self.data_collator, self.args.dataloader_drop_last = ByRow(given), False
             if isinstance(dataset, IterableDataset) and self.accelerator.num_processes > 1:
                 dataset = Filled(dataset, batch_size * self.accelerator.num_processes)
         try:
             return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
         finally:
-            self.data_collator = given
+            self.data_collator, self.args.dataloader_drop_last = given, drops
 
     def evaluate_items(
         self, model: nn.Module, items: Sequence[Any], statistics: Mapping[str, Tensor], *, filling: Sequence[Any]

@@ -106,6 +106,25 @@ def check_processes(args: TrainingArguments) -> None:
         )
 
 
+def read_on_every_process(args: TrainingArguments) -> None:
+    """Let every process read its own batches, whose items are not tensors that could be sent to it, and as many as the others.
+
+    Raises ConfigError for options of `accelerator_config` that ask for something else.
+    """
+    loaders = args.accelerator_config
+    if loaders.dispatch_batches:
+        raise ConfigError(
+            "accelerator_config: dispatch_batches=True would send batches from one process to the others, but they are not tensors "
+            "before they are laid out. Leave it out: every process reads its own rows."
+        )
+    if not loaders.even_batches and args.world_size > 1:
+        raise ConfigError(
+            "accelerator_config: even_batches=False would give some processes fewer batches, so that the others wait for them "
+            "forever. Leave it out: evaluation does not count the rows that fill up the last batches."
+        )
+    loaders.dispatch_batches = False
+
+
 def check_parallelism(args: TrainingArguments, accelerator: Accelerator) -> None:
     """Raise ConfigError if another parallelism runs than was requested, or FSDP 1."""
     asked, runs = sharding_asked_for(args), accelerator.distributed_type
@@ -128,13 +147,13 @@ def use_one_device(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-def unduplicated_rows(args: TrainingArguments, accelerator: Accelerator, rows: int) -> int:
+def unduplicated_rows(accelerator: Accelerator, rows: int) -> int:
     """How many of a process's `rows` of an evaluation batch count. The last batch repeats rows, so that all processes have the
     same number; repeated ones do not count."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return rows
-    return max(0, min(rows, state.remainder - args.process_index * args.eval_batch_size))
+    return max(0, min(rows, state.remainder - accelerator.process_index * rows))
 
 
 @contextmanager
