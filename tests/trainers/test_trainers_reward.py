@@ -74,7 +74,7 @@ def tokenized() -> Dataset:
     return Dataset.from_dict({**columns, "input_ids_rejected": [[5, 9, 2]], "attention_mask_rejected": [[1, 1, 1]]})
 
 
-def make_trainer(tmp_path, rows, model=None, evaluation=None, peft_config=None, **changed):
+def make_trainer(tmp_path, rows, model=None, evaluation=None, peft_config=None, tokenizer=None, **changed):
     options = {
         "output_dir": str(tmp_path),
         "num_train_epochs": 30,
@@ -91,7 +91,7 @@ def make_trainer(tmp_path, rows, model=None, evaluation=None, peft_config=None, 
         args=RewardConfig(**options),
         train_dataset=rows,
         eval_dataset=evaluation,
-        tokenizer=make_tokenizer(),
+        tokenizer=tokenizer or make_tokenizer(),
         peft_config=peft_config,
     )
 
@@ -327,3 +327,11 @@ def test_wrong_options():
         RewardConfig(center_rewards_coefficient=-1.0)
     with pytest.raises(ConfigError, match=r"no option 'beta'"):
         RewardConfig(beta=0.1)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+def test_rows_that_end_with_padding_are_said(tmp_path, caplog, pad):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = pad
+    make_trainer(tmp_path, pairs(), tokenizer=tokenizer)
+    assert ("classifiers of transformers" in caplog.text) == (pad == "</s>")

@@ -8,6 +8,7 @@ RewardTrainer(model=model, tokenizer=tokenizer, train_dataset=dataset).train()
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.reward import PairwiseReward, ScoreRegression, StepReward
 from trl.data.columns import describe
-from trl.data.encode import EncodeSettings
+from trl.data.encode import EncodeSettings, first_rows
 from trl.errors import ConfigError, DataError, ModelError, RowError
 from trl.models.adapters import HEADS
 from trl.models.load import load_config
@@ -34,6 +35,8 @@ from trl.trainers.config import TrainerConfig
 from trl.trainers.reward_predictions import PredictsRewards
 from trl.training.collectives import gather_on_main
 from trl.types import Batch, Example, Metrics
+
+logger = logging.getLogger(__name__)
 
 PAIRED = ("tokenized_preference", "preference")
 SCORED = ("prompt_completion", "language_modeling")
@@ -103,6 +106,18 @@ class RewardTrainer(PredictsRewards):
         self.layout = self._choose_layout(inner, multiple_completions=self.kind in PAIRED, measure=score_rewards)
         self._optimize_layers(inner)
         self._capture_layers(inner)
+        self._warn_of_pad_token()
+
+    def _warn_of_pad_token(self) -> None:
+        """Warn if the classifiers of `transformers` would take the last token of rows, where rewards are read, for padding."""
+        examples = [] if self.train_dataset is None else self.to_examples(list(first_rows(self.train_dataset, 1)))
+        pad = self.tokenizer.pad_token_id
+        if any(completion.ids[-1:] == [pad] for example in examples for completion in example.completions):
+            logger.warning(
+                f"Rows end with the pad token, {self.tokenizer.pad_token!r}. Rewards are read there in training and by RewardModel, "
+                "but the classifiers of transformers read the last token that is not padding, which is the one before it. To use "
+                "the model with them, give the tokenizer another pad_token before training."
+            )
 
     # ---- data ----
 
