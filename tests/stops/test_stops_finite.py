@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_such_a_step_changes_nothing_and_is_counted(tmp_path, cls, model, clip):
     watch = Watch()
     trainer = make(tmp_path, 2, cls=cls, model=model(), callbacks=[watch], max_grad_norm=clip)
     trainer.train()
-    moved = [not torch.equal(a, b) for a, b in zip(watch.weights, watch.weights[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in pairwise(watch.weights)]
     assert moved == [True, False, True, True, True]
     assert logged(trainer, "skipped_steps") == [None, None, 1, 1, 1, 1]
     assert [math.isfinite(loss) for loss in logged(trainer, "loss")] == [True, True, False, True, True, True]
@@ -303,6 +304,25 @@ def test_steps_on_triplets(tmp_path):
         NonFiniteError, match=r"in 2 optimizer steps in a row.*on the triplets (0, 1|1, 0) of this batch"
     ):
         trainer.step(*triplets, [3e38, -3e38])
+
+
+def test_steps_on_triplets_lower_the_scale_of_float16_until_gradients_fit(tmp_path, monkeypatch):
+    """As on a GPU with fp16=True: the gradient scaler skips a step itself, and has to be called for it."""
+    config = PPOConfig(output_dir=str(tmp_path), batch_size=1, mini_batch_size=1, ppo_epochs=1)
+    trainer = PPOTrainer(config, with_value_head(sane_model()), None, make_tokenizer())
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-20)
+    accelerator.native_amp = True
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    head = trainer.model.v_head.summary.weight
+    weights = [head.detach().clone()]
+    for _ in range(4):
+        found = trainer.step([torch.tensor([5, 6])], [torch.tensor([8, 9])], [1.0])
+        weights.append(head.detach().clone())
+    skipped = [torch.equal(a, b) for a, b in pairwise(weights)]
+    assert sum(skipped) == found["ppo/skipped_steps"]
+    assert skipped[0]
+    assert not skipped[-1]
 
 
 def test_a_run_in_which_every_step_was_skipped_is_an_error(tmp_path):

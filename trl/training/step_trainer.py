@@ -227,7 +227,7 @@ class StepTrainer(ResumableTrainer):
         batches = [batch for slot in self.micro_batches(items, slots=count) for batch in slot]
         self._accumulate(model, batches, partial(self._backward, model))
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm or inf)
-        if self.accept_step(model, norm):
+        if self.accept_step(model, norm) or self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
