@@ -395,6 +395,14 @@ def test_beam_search_is_left_to_generate_said_once(make, name):
             torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The engine does not support num_beams")
+def test_sampling_by_generate_leaves_the_other_gpus_of_the_machine_alone(make, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    config = GenerationConfig(num_beams=2, max_new_tokens=2)
+    ((sample,),) = LocalEngine(make("llama")).generate(ragged()[:1], SamplingParams.from_generation_config(config))
+    assert len(sample.ids) <= 2
+
+
 def test_an_encoder_decoder_is_given_tokens_alone(make):
     prompt = Prompt([5, 6], {"pixel_values": torch.zeros(1, 3)})
     with pytest.raises(DataError, match=r"prompts\[1\] has inputs \['pixel_values'\]"):

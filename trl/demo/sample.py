@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trl.models.patching import evaluating
+from trl.ops.rng import preserved_rng
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +36,7 @@ def sample(
     training mode.
     """
     inputs = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), evaluating(model):
+    with preserved_rng(model.device), evaluating(model):
         torch.manual_seed(seed)
         tokens = model.generate(
             **inputs,

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from trl.models.fused import close
+from trl.ops.rng import preserved_rng
 from trl.types import Spans
 
 Inputs = Mapping[str, Any]
@@ -119,7 +120,7 @@ class Captured:
     def run_eagerly(self) -> tuple[Tensor, Tensor]:
         """Hidden states `[B,T,H]` and the norms of gradients of inputs and weights, without a graph. The RNG state is restored."""
         before = _allocated(self.device)
-        with _preserved_rng(self.device):
+        with preserved_rng(self.device):
             hidden = self._run()
             self.room = _allocated(self.device) - before
             if self.gradients is None:
@@ -132,7 +133,7 @@ class Captured:
     def difference_from(self, expected: tuple[Tensor, Tensor]) -> str:
         """Replay the graph, and say in what it differs from the results of `run_eagerly`; empty if in nothing."""
         hidden, norms = expected
-        with _preserved_rng(hidden.device):
+        with preserved_rng(hidden.device):
             self.replay_forward()
             half = torch.bfloat16 if hidden.is_cuda else None
             if not close(self.hidden.detach(), hidden, factors=half):
@@ -254,11 +255,3 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-@contextmanager
-def _preserved_rng(device: torch.device) -> Iterator[None]:
-    """Restore the state of the random number generators after the context."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

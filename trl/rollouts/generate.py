@@ -16,6 +16,7 @@ from tqdm import tqdm
 from trl.data.layout import lay_out, lay_out_encoder_decoder
 from trl.models.rotary import length_dependent
 from trl.models.score import score, unwrap
+from trl.ops.rng import preserved_rng
 from trl.rollouts.decoders import Policy, decoder_start
 from trl.rollouts.engine import FinishReason, Prompt, Rollout
 from trl.rollouts.sampler import full_config
@@ -37,7 +38,7 @@ def generate_rollouts(
     """n rollouts of each prompt, of at most `limits[p]` tokens."""
     rollouts = []
     for index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        with torch.random.fork_rng():
+        with preserved_rng(policy.device):
             torch.manual_seed(int(stream(params.seed, torch.tensor([index]), torch.tensor([0]))))
             samples = _generate(policy, prompt, limit, params, n, stopper)
         rollouts.append([_rollout(policy, prompt, ids, limit, params, stopper) for ids in samples])

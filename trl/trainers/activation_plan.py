@@ -28,6 +28,7 @@ from trl.models.checkpointing import checkpointable_layers, kept_for_backward, l
 from trl.models.graphs import without_graphs
 from trl.models.patching import training
 from trl.models.score import networks_of, unwrap
+from trl.ops.rng import preserved_rng
 from trl.trainers.heaviest import LearnsFromRows, heaviest_window, shortened
 from trl.training.optimizers import StateSizes
 from trl.types import Batch, Example
@@ -154,9 +155,8 @@ def _measured(trainer: PlansActivations, examples: list[Example], share: float) 
     inner = unwrap(model)
     batch = trainer.collate([shortened(example, share) for example in examples]).to(device)
     weights = chain(model.parameters(), model.buffers())
-    preserved_rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with (
-        preserved_rng,
+        preserved_rng(device),
         training(model),
         without_graphs(*networks_of(model)),
         _narrowed(inner.config, share),
