@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -150,3 +151,21 @@ def test_passes_that_keep_no_gradient_are_refused(tmp_path):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ConfigError, match="use_reentrant"):
         step_of(SFTTrainer, SFTConfig, make(), {"text": TEXTS}, tmp_path, per_device_train_batch_size=4, **options)
+
+
+class Unread(TorchDispatchMode):
+    """Raises where a number is copied to the host, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_number_is_read_in_a_micro_batch(tmp_path):
+    rows = Dataset.from_dict({"text": TEXTS})
+    trainer = SFTTrainer(
+        make(), SFTConfig(str(tmp_path), report_to=[]), train_dataset=rows, processing_class=make_tokenizer()
+    )
+    batch = trainer.collate(trainer.items(trainer.to_examples(list(trainer.train_dataset)), source=""))
+    with Unread():
+        trainer.term.loss([torch.rand(batch.copies.numel(), 4)], batch)

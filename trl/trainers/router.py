@@ -63,8 +63,8 @@ class RouterTerm(LossTerm):
             )
         load = self.router.load(recorded, batch) if self._load is None else self._load
         part = self.router.loss(recorded, batch, load)
-        share = float(len(recorded) * batch.copies.sum() / load.weight) if batch.tokens else 0.0
-        self.meter.count("aux_loss", float(part.detach()), per=share)
+        share = len(recorded) * batch.copies.sum() * bool(batch.tokens) / load.weight.clamp(min=1)
+        self.meter.count("aux_loss", part.detach(), per=share)
         return self.router.coefficient * part * self.processes
 
 

@@ -67,9 +67,9 @@ class Meter:
         kept = [self._extremes[name].to(values.device)] if name in self._extremes else []
         self._extremes[name] = extreme(torch.stack([extreme(values.flatten(), 0), *kept]), 0)
 
-    def count(self, name: str, amount: float, *, per: float = 1.0) -> None:
-        """Add host numbers to the metric `name`, which is the ratio Σ amount / Σ per."""
-        self._sum(name, torch.tensor([amount, per], dtype=torch.float64))
+    def count(self, name: str, amount: float | Tensor, *, per: float | Tensor = 1.0) -> None:
+        """Add to the metric `name`, which is the ratio Σ amount / Σ per: two numbers, or two scalar tensors of one device."""
+        self._sum(name, torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (amount, per)]))
 
     def _sum(self, name: str, pair: Tensor) -> None:
         self._sums[name] = self._sums[name].to(pair.device) + pair if name in self._sums else pair
