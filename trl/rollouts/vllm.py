@@ -101,6 +101,7 @@ class VLLMEngine(RolloutEngine):
         self.llm: Any = None
         self.folders: WeightFolders | None = None
         self._groups: list[Any] = []
+        self._stops_of: Any = None
         self._synced: tuple[int, weakref.ref[nn.Module]] | None = None
         self._asleep = self._said = self._saw_images = False
         self._image_tokens: list[int] = []

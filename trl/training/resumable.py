@@ -110,8 +110,7 @@ class ResumableTrainer(Trainer):
         folder = Path(self.args.output_dir)
         if checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve():
             return
-        overwrite = vars(self.args).get("overwrite_output_dir", False)
-        run_on_main(partial(check_folder, folder, describe_run(self), overwrite=overwrite))
+        run_on_main(partial(check_folder, folder, describe_run(self), overwrite=self.args.overwrite_output_dir))
 
     def _check_folder_early(self) -> None:
         """Warn before rows are encoded if the output folder has results of another run, as far as options show.
@@ -121,7 +120,7 @@ class ResumableTrainer(Trainer):
         args = self.args
         if args.process_index == 0:
             check_writable(args.output_dir)
-        if args.process_index == 0 and not (args.resume_from_checkpoint or vars(args).get("overwrite_output_dir")):
+        if args.process_index == 0 and not (args.resume_from_checkpoint or args.overwrite_output_dir):
             warn_of_refusal(args.output_dir, describe_options(type(self).__name__, name_of(unwrap(self.model)), args))
 
     def check_space(self, *, has_checkpoints: bool) -> None:

@@ -90,10 +90,10 @@ class StepTrainer(ResumableTrainer):
         self._has_checked_gradients = self._agrees = False
         self.states.register("metrics", self.meters["train"], per_rank=True, optional=True)
         self.states.register("steps", self.steps, optional=True)
-        self._window: Window
         self._source: tuple[Iterator[Any], int] | None = None
         self._next: NextWindow | None = None
         self._tr_loss = torch.zeros((), device=self.args.device)
+        self._window = Window((), (), self._tr_loss.clone(), self.meters["train"].mark())
         self._throughput, self._timed_steps = (0, 0.0), 0
         self._window_started: float | None = None
 
@@ -201,8 +201,7 @@ class StepTrainer(ResumableTrainer):
     @property
     def largest_pass(self) -> int:
         """Number of positions in the largest micro-batch of this step; 0 before the first step."""
-        window: Window | None = vars(self).get("_window")
-        return 0 if window is None else max(batch.positions for batch in window.batches)
+        return max((batch.positions for batch in self._window.batches), default=0)
 
     def plan(self, items: Sequence[Any], count: int) -> list[list[int]]:
         """Split items into at least `count` micro-batches; return the indices in each."""
