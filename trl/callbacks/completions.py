@@ -24,7 +24,7 @@ from trl.algorithms.advantages import group_std, has_no_variance
 from trl.data.messages import under_roles
 from trl.printable import printable
 from trl.rollouts.experience import Group
-from trl.training.beside import not_fatal
+from trl.training.auxiliary_files import not_fatal
 from trl.types import Experience, Metrics
 
 TRACKERS_WITH_TABLES = ("wandb", "trackio")

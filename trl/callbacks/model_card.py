@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import Trainer, TrainingArguments
 
 from trl.callbacks.report import changed_options, version_of
-from trl.training.beside import not_fatal
+from trl.training.auxiliary_files import not_fatal
 
 LIBRARIES = ("trl", "transformers", "torch", "datasets", "peft")
 

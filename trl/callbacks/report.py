@@ -24,7 +24,7 @@ from trl import __version__
 from trl.models.load import count_parameters
 from trl.report.page import write, write_report
 from trl.report.record import RUN_FILE, read_run_file
-from trl.training.beside import not_fatal
+from trl.training.auxiliary_files import not_fatal
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl.errors import ConfigError
-from trl.models.names import explain_missing, refusal
+from trl.models.not_found import explain_missing, refusal
 
 if TYPE_CHECKING:
     from trl.trainers.config import TrainerConfig

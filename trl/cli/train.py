@@ -21,7 +21,7 @@ from trl.data.mixtures import DatasetMixtureConfig, get_dataset
 from trl.data.places import naming_lines
 from trl.data.sources import ScriptArguments, check_place, load_dataset_argument
 from trl.errors import ConfigError, DataError, TrlError, suggest
-from trl.models import names
+from trl.models import not_found
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 from trl.printable import printable
 from trl.trainers.sampler_options import SamplerOptions
@@ -114,13 +114,13 @@ def check_model(name: str | None) -> str:
     """
     if name is None:
         raise ConfigError("--model_name_or_path is missing: the hub name or folder of a model.")
-    return names.check_folder(name, f"model_name_or_path={name!r}")
+    return not_found.check_folder(name, f"model_name_or_path={name!r}")
 
 
 def check_weights(name: str | None) -> None:
     """Raises ConfigError if the folder `name` lacks weight files. Hub names are not looked up."""
     if name is not None:
-        names.check_weights(name, f"model_name_or_path={name!r}")
+        not_found.check_weights(name, f"model_name_or_path={name!r}")
 
 
 def model_to_load(given: ParsedOptions, name: str | None = None) -> ModelConfig:

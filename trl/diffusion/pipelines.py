@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trl.errors import ConfigError, ModelError, ModelNotFoundError
 from trl.imports import require
 from trl.models.files import follow_umask
-from trl.models.names import explain_missing
+from trl.models.not_found import explain_missing
 
 logger = logging.getLogger(__name__)
 

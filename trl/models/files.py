@@ -1,12 +1,15 @@
-"""Names and checks of weight files, without importing a library that reads or writes them."""
+"""Names and checks of weight files and their indices, without importing a library that reads or writes them."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from trl.errors import ModelError
 
 WEIGHTS = re.compile(
     r"(adapter_|(diffusion_)?pytorch_)?model.*\.(safetensors|bin)|pytorch_lora_weights\.safetensors|.+\.gguf"
@@ -30,6 +33,22 @@ def is_cut_short(file: Path) -> bool:
         header = json.loads(opened.read(length))
     ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
     return NUMBER + length + max(ends, default=0) != size
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative file name stays within its folder."""
+    return not os.path.isabs(name) and not os.path.normpath(name).startswith(os.pardir)
+
+
+def check_shards(folder: str | Path) -> None:
+    """Raise ModelError if the weight index of a folder names files outside of it. Hub names are not checked."""
+    for index in Path(folder).glob("*.index.json") if os.path.isdir(folder) else ():
+        for shard in set(json.loads(index.read_text())["weight_map"].values()):
+            if not is_inside(shard):
+                raise ModelError(
+                    f"{index.name} in {str(folder)!r} names the file {shard!r}, which is not in that folder. Weights are "
+                    "read from the model's own folder only: do not use this model, or put the file there."
+                )
 
 
 def follow_umask(folder: str | Path) -> None:

@@ -32,10 +32,10 @@ from trl.errors import ConfigError, ModelError, ModelNotFoundError, TrlError, su
 from trl.imports import require
 from trl.models.adapters import HEADS, thaw, trains
 from trl.models.attention_packages import check_attention
-from trl.models.names import explain_missing
+from trl.models.files import check_shards
+from trl.models.not_found import explain_missing
 from trl.models.saved_adapters import HUB_OPTIONS, base_of, is_adapter, with_adapter_of
 from trl.models.sharding import loaded_whole
-from trl.models.shards import check_shards
 from trl.noise import unless_said, without_noise
 
 logger = logging.getLogger(__name__)

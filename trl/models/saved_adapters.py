@@ -15,7 +15,7 @@ from transformers.utils import find_adapter_config_file
 
 from trl.errors import ModelError, ModelNotFoundError
 from trl.models.adapters import is_classifier, name_of, prepared, put_on
-from trl.models.names import explain_missing
+from trl.models.not_found import explain_missing
 
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir")
 

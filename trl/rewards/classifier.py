@@ -28,7 +28,7 @@ from transformers import (
 
 from trl.errors import ConfigError, ModelError, unknown
 from trl.models.load import explain_missing_tokenizer
-from trl.models.names import explain_missing
+from trl.models.not_found import explain_missing
 from trl.rewards.signature import check_pairs
 
 NO_LIMIT = 10**9

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trl.errors import ConfigError
-from trl.models.names import explain_missing
+from trl.models.not_found import explain_missing
 
 if TYPE_CHECKING:
     from transformers import CLIPModel

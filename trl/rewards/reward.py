@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from trl.counts import counted
 from trl.errors import ConfigError
-from trl.models.names import explain_missing
+from trl.models.not_found import explain_missing
 from trl.rewards.classifier import ClassifierReward
 from trl.rewards.model import RewardModel
 from trl.rewards.signature import check_arguments, fitting, say_hidden

@@ -32,8 +32,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from trl.errors import ConfigError, ModelError, suggest
-from trl.models.files import SHARDS, WEIGHTS, is_cut_short
-from trl.models.shards import check_shards, is_inside
+from trl.models.files import SHARDS, WEIGHTS, check_shards, is_cut_short, is_inside
 from trl.training.collectives import all_gather_object, run_on_main
 
 logger = logging.getLogger(__name__)

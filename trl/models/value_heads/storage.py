@@ -16,8 +16,8 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from trl.errors import ModelError
+from trl.models.files import check_shards
 from trl.models.load import find_file, has_file
-from trl.models.shards import check_shards
 
 HEAD_FILE = "value_head.safetensors"
 """File of the value head. Older checkpoints have it among the model's weights."""
