@@ -33,34 +33,12 @@ WRONG = ("trainer", "optim")
 """Settings that must not change: the state of another trainer or optimizer would be misread."""
 OVERRULED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 """Options that are restored with the optimizer's state, so that a changed value has no effect."""
-BESIDE = (
-    *(
-        "output_dir",
-        "logging_",
-        "save_",
-        "eval_",
-        "report_to",
-        "run_name",
-        "push_to_hub",
-        "hub_",
-        "dataloader_",
-        "ddp_",
-    ),
-    *(
-        "disable_tqdm",
-        "resume_from_checkpoint",
-        "use_cpu",
-        "log_",
-        "project",
-        "trackio",
-        "html_report",
-        "local_rank",
-        "fsdp",
-    ),
-    *("deepspeed", "accelerator_config", "do_", "per_device_eval", "load_best", "metric_for_best", "greater_is_better"),
-    *("gradient_checkpointing", "activation_"),
-    *("restore_callback", "overwrite", "debug", "num_completions_to_print", "max_skipped_steps", "ignore_data_skip"),
-)
+NOT_LEARNED_FROM = """
+    output_dir logging_ save_ eval_ report_to run_name push_to_hub hub_ dataloader_ ddp_ disable_tqdm resume_from_checkpoint
+    use_cpu log_ project trackio html_report local_rank fsdp deepspeed accelerator_config do_ per_device_eval load_best
+    metric_for_best greater_is_better gradient_checkpointing activation_ restore_callback overwrite debug
+    num_completions_to_print max_skipped_steps ignore_data_skip
+"""
 """Prefixes of the names of options that do not change what is learned."""
 
 
@@ -98,8 +76,9 @@ def name_of(model: nn.Module) -> str:
 
 
 def _options(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    unlearned = tuple(NOT_LEARNED_FROM.split())
     for name, value in options.items():
-        if not name.startswith(BESIDE) and name not in WRONG:
+        if not name.startswith(unlearned) and name not in WRONG:
             yield name, json.loads(json.dumps(value, default=str))
 
 
