@@ -13,7 +13,7 @@ from trl.models.checkpointing import checkpoint_activations
 from trl.models.score import score
 from trl.rollouts.decoders import Sample, batches_by_length, fill_holes
 from trl.rollouts.engine import Prompt
-from trl.rollouts.local import LocalEngine, fastest_way, unwrap
+from trl.rollouts.local import LocalEngine, check_device, fastest_way, unwrap
 from trl.rollouts.repeated_decoder import RepeatedDecoder
 from trl.rollouts.sampling import SamplingParams
 from trl.rollouts.shared_decoder import SharedDecoder
@@ -439,6 +439,12 @@ def test_prompts_are_prefilled_with_their_like():
 def test_bad_input(make, prompts, params, n, error, words):
     with pytest.raises(error, match=words):
         LocalEngine(make("gpt2")).generate(prompts, SamplingParams(**params), n)
+
+
+def test_devices_without_float64_are_refused():
+    check_device(torch.device("cuda"))
+    with pytest.raises(ConfigError, match="mps"):
+        check_device(torch.device("mps"))
 
 
 def test_a_model_that_does_not_generate():

@@ -34,6 +34,14 @@ def common_options(**more):
     return {"logging_steps": 1, "disable_tqdm": True, "save_strategy": "no", "report_to": "none", **more}
 
 
+def test_apples_gpu_is_left_for_the_cpu(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    args = SFTConfig(output_dir=str(tmp_path), **common_options())
+    assert args.use_cpu
+    assert args.device.type == "cpu"
+    assert "mps" in caplog.text
+
+
 def test_ligers_layers_are_used_and_the_head_is_left_as_it_is():
     losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert liger_layers(None) == losses

@@ -113,6 +113,7 @@ class LocalEngine(RolloutEngine):
             if way == "generate":
                 _check_unguided(params, policy)
                 return generate_rollouts(policy, prompts, limits, params, n, stopper, bar)
+            check_device(policy.device)
             prompts = self._with_features(prompts)
             rows = [Sample(p, i, prompt, limits[p]) for p, prompt in enumerate(prompts) for i in range(n)]
             half = autocast_dtype(policy) if way == "paged" else None
@@ -177,6 +178,14 @@ def unwrap(model: nn.Module) -> Policy:
             f"{type(inner).__name__} cannot be sampled from: give a transformers model with a language-model head."
         )
     return Policy(model, inner)
+
+
+def check_device(device: torch.device) -> None:
+    """Raises ConfigError for Apple's GPUs, which have no float64: with float32 numbers some tokens would never be drawn."""
+    if device.type == "mps":
+        raise ConfigError(
+            "The model is on device mps, which does not compute in float64: sample on the CPU (device cpu)."
+        )
 
 
 def autocast_dtype(policy: Policy) -> torch.dtype | None:

@@ -20,7 +20,14 @@ from trl.noise import say_once
 from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames
 from trl.option_types import check_choices, describe_fields
-from trl.trainers.option_checks import check_best, check_deepspeed, check_intervals, check_loggers, check_precision
+from trl.trainers.option_checks import (
+    check_best,
+    check_deepspeed,
+    check_intervals,
+    check_loggers,
+    check_precision,
+    leave_mps,
+)
 from trl.trainers.option_effects import warn_of_options
 from trl.training.parallel import check_processes, processes_on_cpu, read_on_every_process
 
@@ -193,6 +200,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         say_once()
         self.debug = [] if self.debug is None else self.debug  # `HfArgumentParser` leaves None
         self.check_values()
+        leave_mps(self)
         check_precision(self)
         check_deepspeed(self)
         check_loggers(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.counts import counted
 from trl.errors import ConfigError, suggest
 from trl.imports import is_available
+
+logger = logging.getLogger(__name__)
 
 INTERVALS = ("logging", "save", "eval")
 
@@ -53,6 +56,13 @@ def check_best(args: TrainingArguments) -> None:
             f"load_best_model_at_end=True needs an evaluation for every checkpoint, but eval_strategy is {evaluates!r} and "
             f"save_strategy {saves!r}: set both to the same, --eval_strategy epoch --save_strategy epoch for instance."
         )
+
+
+def leave_mps(args: TrainingArguments) -> None:
+    """Train on the CPU where the accelerator is Apple's: it has no float64, in which metrics are summed and samples are drawn."""
+    if torch.backends.mps.is_available() and not args.use_cpu:
+        args.use_cpu = True
+        logger.warning("Training on the CPU, since Apple's GPU (mps) does not compute in float64, which metrics need.")
 
 
 def check_precision(args: TrainingArguments) -> None:
