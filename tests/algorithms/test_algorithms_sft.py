@@ -34,7 +34,7 @@ def test_label_smoothing():
 
 def test_metrics():
     entropy = torch.tensor([[1.0, 2.0]], requires_grad=True)
-    found = metrics(Scores(torch.zeros(1, 2), entropy=entropy, greedy=torch.tensor([[1.0, 0.0]])), None)
+    found = metrics(Scores(torch.zeros(1, 2), entropy=entropy, greedy=torch.tensor([[1.0, 0.0]])))
     assert found["mean_token_accuracy"].tolist() == [[1, 0]]
     assert found["entropy"].tolist() == [[1, 2]]
     assert not found["entropy"].requires_grad

@@ -115,4 +115,4 @@ class RFT(RFTOptions, Algorithm):
 
     def loss(self, scores: Scores, batch: Learnable) -> tuple[Tensor, Metrics]:
         """−log π `[N,C]` of the kept completions, and metrics."""
-        return sft.nll(scores), sft.metrics(scores, batch)
+        return sft.nll(scores), sft.metrics(scores)

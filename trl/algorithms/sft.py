@@ -15,7 +15,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from trl.ops.shapes import shapes
-from trl.types import Batch, Metrics, Scores
+from trl.types import Metrics, Scores
 
 
 def nll(scores: Scores) -> Tensor:
@@ -37,6 +37,6 @@ def smoothed(loss: Tensor, scores: Scores, *, epsilon: float) -> Tensor:
     return (1 - epsilon) * loss - epsilon * scores.mean_logprob
 
 
-def metrics(scores: Scores, batch: Batch) -> Metrics:
+def metrics(scores: Scores) -> Metrics:
     """Metrics `[N,C]`: 1 where a token is the most likely one, and the entropy of the distribution it is from."""
     return {"mean_token_accuracy": scores.greedy, "entropy": scores.entropy.detach()}

@@ -137,7 +137,7 @@ def _gradient_kernel(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """∂loss/∂(raw logits) of a tile `[m,v]` into `out`, which may be `logits`. `factors [5,M]`: see `_factors`."""
+    """∂loss/∂(raw logits) of a tile `[m,v]` into `out`, which may be `logits`. `factors [6,M]`: see `_factors`."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

@@ -27,7 +27,7 @@ PROGRAMS = 256
 
 
 @triton.jit
-def _write_kernel(keys, values, key, value, pages, prefix, own, columns, prompt_pages, key_stride, value_stride,
+def _write_kernel(keys, values, key, value, pages, own, columns, prompt_pages, key_stride, value_stride,
                   HEADS: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE: tl.constexpr,
                   WIDTH: tl.constexpr):  # fmt: skip
     """Write the new keys and values `[B,h,D]` into the pools, one program per row and head."""
@@ -163,7 +163,7 @@ def write_by_kernel(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, ta
     rows, heads, size = key.shape
     key, value = key.flatten(1), value.flatten(1)  # views if heads are contiguous, else copies
     _write_kernel[(rows, heads)](
-        keys, values, key, value, tables.pages, tables.prefix, tables.own,
+        keys, values, key, value, tables.pages, tables.own,
         tables.pages.stride(0), tables.prompt_pages, key.stride(0), value.stride(0),
         HEADS=heads, SIZE=size, VALUE_SIZE=values.shape[-1], PAGE=keys.shape[1],
         WIDTH=triton.next_power_of_2(max(size, values.shape[-1])),

@@ -228,7 +228,7 @@ class SFTTrainer(BaseTrainer):
         loss = sft.LOSSES[self.args.loss_type](scores)
         if smoothing:
             loss = sft.smoothed(loss, scores, epsilon=smoothing)
-        return loss, sft.metrics(scores, batch)
+        return loss, sft.metrics(scores)
 
 
 def formatted(rows: Rows, function: Callable[[dict], str | list[str]], text_field: str) -> Rows:

@@ -161,7 +161,7 @@ def rotate(newest: Path, limit: int | None, best: str | None, sound: int | None 
     found = [path for path in checkpoints(newest.parent) if path.is_dir() and not path.is_symlink()]
     kept = {newest} | {path for path in found if str(path) == best}
     if sound is not None:
-        kept |= set([path for path in found if _step_of(path) <= sound][:1])
+        kept.update([path for path in found if _step_of(path) <= sound][:1])
     others = [path for path in found if path not in kept]
     for path in others[max(0, limit - len(kept)) :]:
         beside = path.with_name(PARTIAL + path.name)
