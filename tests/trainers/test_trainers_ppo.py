@@ -262,6 +262,14 @@ def test_a_start_token_of_a_generated_response_is_no_token(make_ppo):
 # ---- learning ----
 
 
+def test_steps_move_the_reference(make_ppo):
+    trainer = make_ppo(sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=1.0)
+    policy, reference = trainer.model.pretrained_model.lm_head.weight, trainer.ref_model.lm_head.weight
+    for moves in (False, True):
+        trainer.step(*TRIPLETS)
+        assert torch.equal(reference, policy) == moves
+
+
 def test_the_reward_rises(make_model, tokenizer):
     """The reward counts one token of eight: PPO has to make it the usual one."""
     torch.manual_seed(0)

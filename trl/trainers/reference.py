@@ -105,7 +105,7 @@ def score_signals(
     return {**seen, **{name: getattr(scores, attribute) for name, attribute in attributes.items()}}
 
 
-def sync_callbacks(reference: Reference | None, config: ReferenceConfig) -> list[TrainerCallback]:
+def sync_callbacks(reference: Reference | None, config: ReferenceConfig) -> list[SyncRefModelCallback]:
     """The callback that updates the reference, if sync_ref_model=True; else an empty list."""
     return (
         [SyncRefModelCallback(reference.model)] if config.sync_ref_model and isinstance(reference, FrozenModel) else []

@@ -52,7 +52,7 @@ from trl.trainers.ppo.triplets import (
     read_scores,
     read_triplets,
 )
-from trl.trainers.reference import reference_for
+from trl.trainers.reference import reference_for, sync_callbacks
 from trl.trainers.tracking import log_table, start_tracker
 from trl.trainers.value_head import ValueHeadTrainer
 from trl.training.nonfinite import NonFiniteError
@@ -302,6 +302,8 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         response_masks       1 for the response tokens to train on; all of them by default
         query_inputs         the model's other inputs for each query (pixel values, …): a dict of tensors each
 
+        A call counts as one step: for `lr_scheduler`, and for ref_model_sync_steps with sync_ref_model=True.
+
         Raises DataError, with the argument and the index, for triplets that cannot be trained on.
         """
         watch, size = Stopwatch(), self.args.batch_size
@@ -368,7 +370,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         return ratios
 
     def _finish(self, statistics: Mapping[str, Any]) -> None:
-        """Step the learning rate scheduler, count the step, and upload the model if it is the best so far."""
+        """Step the learning rate scheduler, count the step, sync the reference, and upload the model if it is the best so far."""
         if (kl := statistics["objective/kl"]) < LOWEST_KL:
             warnings.warn(
                 f"The mean KL of this batch is {kl:.2f}, but it is positive on average for responses that the policy sampled: "
@@ -378,6 +380,8 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.state.global_step += 1
+        for callback in sync_callbacks(self.reference, self.args):
+            callback.on_step_end(self.args, self.state, self.control, self.model_wrapped)
         if self.args.optimize_device_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
         self._push_if_best(statistics["ppo/mean_scores"])
