@@ -157,5 +157,7 @@ def test_trainers_that_cannot_be(make_model, tokenizer):
         PPOTrainer(PPOConfig())
     with pytest.raises(ConfigError, match="config and args are two names"):
         PPOTrainer(PPOConfig(), model, args=PPOConfig())
+    with pytest.raises(ConfigError, match="lr_scheduler was given without the optimizer"):
+        PPOTrainer(PPOConfig(), model, None, tokenizer, lr_scheduler=object())
     with pytest.raises(ConfigError, match="quantization_config was given, but the model is an object"):
         PPOTrainer(PPOConfig(), model, None, tokenizer, quantization_config=object())

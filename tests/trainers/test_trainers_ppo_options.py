@@ -136,10 +136,11 @@ def test_the_schedule_steps_once_per_step(make_model, tokenizer):
     assert [trainer.step(*TRIPLETS)["ppo/learning_rate"] for _ in range(3)] == [1e-3, 5e-4, 2.5e-4]
 
 
-def test_adam_by_default(make_model, tokenizer):
-    trainer = PPOTrainer(PPOConfig(), with_value_head(make_model("llama")), None, tokenizer)
+def test_adam_by_default(make_model, tokenizer, caplog):
+    trainer = PPOTrainer(PPOConfig(weight_decay=0.1), with_value_head(make_model("llama")), None, tokenizer)
     assert type(trainer.optimizer) is torch.optim.Adam
     assert trainer.optimizer.param_groups[0]["lr"] == 1.41e-5
+    assert [text.split()[0] for text in caplog.messages if "no effect on step()" in text] == ["weight_decay=0.1"]
 
 
 def test_layers_in_common_are_frozen(make_model, tokenizer):

@@ -62,6 +62,17 @@ __all__ = ["PPOConfig", "PPOTrainer"]
 
 logger = logging.getLogger(__name__)
 
+READ_BY_TRAIN = (
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
+"""Options of the optimizer that `train` makes."""
+
 LOWEST_KL = -1.0
 """Mean KL of a batch below which its responses were most likely not sampled from the current policy."""
 
@@ -115,6 +126,8 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         **keywords: Unpack[PPOKeywords],
     ) -> None:
         check_arguments(config, args, model, ref_model, reward_funcs, reward_model, value_model)
+        if lr_scheduler is not None and optimizer is None:
+            raise ConfigError("lr_scheduler was given without the optimizer that it schedules: give both.")
         self.ref_model, self.num_shared_layers, self.value_model = ref_model, num_shared_layers, value_model
         rewards = reward_model if reward_funcs is None else reward_funcs
         if rewards is None and isinstance(model, WithValueHead) and model.reward_adapter_name is not None:
@@ -137,7 +150,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         if self.optimizer is not None:
             self._train_new_head(self.optimizer)
         elif self.train_dataset is None:
-            self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
+            self.optimizer = self._adam()
         self.best_score = float("-inf")
         self.dataset, self.dataloader = dataset, self._make_loader(dataset, data_collator)
         self._is_prepared = False
@@ -180,8 +193,15 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         if self._has_new_head:
             optimizer.param_groups[0]["params"] += [p for p in self.model.v_head.parameters() if id(p) not in known]
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def _adam(self) -> torch.optim.Adam:
+        """The optimizer of `step`, unless one is given. Warns of options that only `train` reads."""
+        for name in READ_BY_TRAIN:
+            if (value := getattr(self.args, name)) != PPOConfig.__dataclass_fields__[name].default:
+                logger.warning(
+                    f"{name}={value!r} has no effect on step(), which uses Adam at a constant learning_rate: give an "
+                    "optimizer (and lr_scheduler) to PPOTrainer."
+                )
+        return torch.optim.Adam((p for p in self.model.parameters() if p.requires_grad), lr=self.args.learning_rate)
 
     def _choose_layout(self, inner: PreTrainedModel, **options: Any) -> str:
         layout = super()._choose_layout(inner, **options)
@@ -344,7 +364,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
             )
             checkpoint_activations(self.model, {"use_reentrant": False, **given})
         if self.optimizer is None:
-            self.optimizer = torch.optim.Adam(self._trained(), lr=self.args.learning_rate)
+            self.optimizer = self._adam()
         if self.is_deepspeed_enabled:  # DeepSpeed clips gradients itself
             self.accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = self.args.max_grad_norm or 0.0
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
