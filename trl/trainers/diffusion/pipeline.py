@@ -233,6 +233,7 @@ class _Call:
         self.denoiser = denoiser_for(pipeline.sd_pipeline, height=height, width=width, **options)
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.generator, self.latents = generator, latents
+        self.drawn_on = torch.device("cpu") if generator is None else generator.device
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             self.texts: list[Text] = [
@@ -250,13 +251,13 @@ class _Call:
         return self.denoiser.collate(self.texts)
 
     def seeds(self) -> list[int]:
-        return torch.randint(2**62, (len(self.texts),), generator=self.generator).tolist()
+        return torch.randint(2**62, (len(self.texts),), generator=self.generator, device=self.drawn_on).tolist()
 
     def noise(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator).to(like)
+        return torch.randn(like.shape, generator=self.generator, device=self.drawn_on).to(like)
 
     def first_noise(self) -> Tensor:
         if self.latents is not None:
-            return self.latents
+            return self.latents.to(self.denoiser.module.device)
         shape = (len(self.texts), *self.denoiser.latent_shape)
-        return torch.randn(shape, generator=self.generator).to(self.denoiser.module.device)
+        return self.noise(torch.empty(shape, device=self.denoiser.module.device))
