@@ -177,6 +177,14 @@ def test_resumes_to_the_bit_in_the_middle_of_a_rollout_batch(tmp_path):
     assert rows[0]["reward"] == rows[1]["reward"] if "reward" in rows[0] else True
 
 
+def test_a_rollout_batch_is_left_behind_with_ignore_data_skip(tmp_path):
+    for skips in (True, False):
+        run = trainer(tmp_path, ignore_data_skip=not skips)
+        run.get_train_dataloader()
+        run.load_state_dict({"cursor": 8, "rollouts": 2, "buffer": {"position": 3, "served": 3, "batch": []}})
+        assert (run.prompts.cursor, run.buffer.position) == (8, 3 if skips else 0)
+
+
 def test_full_weights_resume_to_the_bit(tmp_path):
     options = {"lora": False, "learning_rate": 1e-4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, "sd", **options)

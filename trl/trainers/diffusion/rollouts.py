@@ -67,7 +67,8 @@ class DiffusionRolloutTrainer(DiffusionTrainer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.prompts.cursor, self.rollouts = state["cursor"], state["rollouts"]
-        self.buffer.load_state(state["buffer"])
+        if not self.args.ignore_data_skip:
+            self.buffer.load_state(state["buffer"])
 
     # ---- prompts ----
 
