@@ -108,6 +108,10 @@ class Server:
     def post(self, path: str, body: Any = None, *, timeout: float | None = None, **params: Any) -> Any:
         return self._ask("POST", path, body, params, timeout or self.timeout)
 
+    def close(self) -> None:
+        """Close the open connections."""
+        self._session.close()
+
     @contextmanager
     def _noted(self, asked: str) -> Iterator[None]:
         thread = threading.get_ident()

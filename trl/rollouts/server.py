@@ -328,9 +328,11 @@ class ServerEngine(RolloutEngine):
             warnings.warn(sentence, stacklevel=3)
 
     def close(self) -> None:
-        """Delete the folders of weights. The servers keep running."""
+        """Delete the folders of weights, and close all connections. The servers keep running."""
         self.folder.close()
         self.transfer.close()
+        for server in self.servers:
+            server.close()
         self._synced = None
 
 
