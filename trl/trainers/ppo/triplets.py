@@ -5,6 +5,7 @@ Examples with equal prompts are merged within a micro-batch, so that the prompt 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, groupby
@@ -67,9 +68,10 @@ def read_scores(scores: Sequence[Any], *, batch_size: int) -> Tensor:
         found = torch.as_tensor(score)
         if found.numel() != 1:
             raise DataError(f"scores[{i}] has shape {tuple(found.shape)}: a score is one number per response.")
-        if not torch.isfinite(found):
-            raise DataError(f"scores[{i}] is {found.item()}: give a finite number for this query and response.")
-        values.append(float(found))
+        value = float(found)
+        if not math.isfinite(value):
+            raise DataError(f"scores[{i}] is {value}: give a finite number for this query and response.")
+        values.append(value)
     return torch.tensor(values)
 
 
