@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from tests.stops.runs import RUNS, StopAt, texts
@@ -19,6 +22,7 @@ from trl.training.checkpoint import (
     MANIFEST,
     CheckpointError,
     checkpoints,
+    explain_full_disk,
     newest_checkpoint,
     publish,
     rotate,
@@ -253,7 +257,7 @@ def left(folder: Path) -> list[str]:
 
 
 def test_one_of_the_same_name_is_replaced(tmp_path):
-    make(tmp_path, "checkpoint-4", "partial-checkpoint-4")
+    make(tmp_path, "checkpoint-4", "replaced-checkpoint-4", "partial-checkpoint-4")
     publish(tmp_path / "partial-checkpoint-4", tmp_path / "checkpoint-4")
     assert (tmp_path / "checkpoint-4" / "file").read_text() == "partial-checkpoint-4"
     assert left(tmp_path) == ["checkpoint-4"]
@@ -272,6 +276,7 @@ def test_all_of_it_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     (tmp_path / "partial-checkpoint-4" / "shards").mkdir()
     (tmp_path / "partial-checkpoint-4" / "shards" / "1").write_text("some")
     publish(tmp_path / "partial-checkpoint-4", tmp_path / "checkpoint-4", 2)
+    assert not [each for each in Path("/proc/self/fd").iterdir() if tmp_path in Path(os.path.realpath(each)).parents]
     inside = ("", "/file", f"/{MANIFEST}", "/shards", "/shards/1")
     assert {*synced[:-1]} == {f"partial-checkpoint-4{path}" for path in inside}
     assert synced[-1] == ".", "the name itself"
@@ -365,6 +370,48 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, size):
     again = RUNS["sft"](tmp_path, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("I/O error: File too large (os error 27)"), True),
+        (SafetensorError("I/O error: No such file (os error 280)"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+@pytest.mark.parametrize("place", ["itself", "its cause", "its context"])
+def test_errors_of_a_full_disk(tmp_path, error, is_full, place):
+    raised = error if place == "itself" else RuntimeError("unable to save")
+    if place == "its cause":
+        raised.__cause__ = error
+    elif place == "its context":
+        raised.__context__ = error
+    with pytest.raises(CheckpointError if is_full else type(raised)), explain_full_disk(tmp_path, "checkpoint-1"):
+        raise raised
+
+
+def test_a_full_disk_in_numbers(run, monkeypatch):
+    """1.5 MB of a checkpoint are written, and freed again; the one before has less than that, or more."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000_000))
+
+    def said(folder: Path) -> str:
+        beside = folder / "partial-checkpoint-4"
+        beside.mkdir(parents=True, exist_ok=True)
+        (beside / "weights").write_bytes(bytes(1_500_000))
+        with pytest.raises(CheckpointError) as error, explain_full_disk(folder, "checkpoint-4", beside):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return str(error.value)
+
+    unknown, complete = "needs more than 1.5 MB, and 3.5 MB are free. ", f"{run}/checkpoint-3 is complete: "
+    assert f"{unknown}There is no complete checkpoint. " in said(run / "first")
+    assert unknown + complete in said(run)
+    (run / "checkpoint-3" / "more").write_bytes(bytes(4_000_000))
+    size = sum(path.stat().st_size for path in (run / "checkpoint-3").iterdir()) / 1e6
+    assert f"needs about {size:.1f} MB, and 3.5 MB are free. {complete}" in said(run)
 
 
 def test_what_else_fails_is_not_called_a_full_disk(tmp_path):

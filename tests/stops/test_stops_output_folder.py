@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
 from tests.conftest import make_tokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
-from trl.training.output_folder import OWNER_FILE, check_folder, checkpoint_bytes, claim
+from trl.training.output_folder import (
+    OWNER_FILE,
+    check_folder,
+    check_space,
+    check_writable,
+    checkpoint_bytes,
+    claim,
+    has_results,
+    remove_results,
+)
 
 TEXTS = {"text": ["A fox runs.", "So it does."]}
 PAIRS = {"prompt": ["Why"] * 2, "chosen": [" so"] * 2, "rejected": [" no"] * 2}
@@ -124,6 +135,72 @@ def test_the_same_folder_by_another_path_is_the_same_model(tmp_path, monkeypatch
     check_folder("out", {**run, "model": str(tmp_path / "model")}, overwrite=False)
     with pytest.raises(ConfigError, match="model.*there, 'other' here"):
         check_folder("out", {**run, "model": "other"}, overwrite=False)
+
+
+RUN = {"trainer": "A", "model": "m", "optim": "", "parameters": {}, "rows": {"count": 2}, "options": {"seed": 1}}
+
+
+def test_only_what_both_runs_say_is_compared(tmp_path):
+    """Before rows are encoded, rows and parameters are not known; another release has other options."""
+    claim(tmp_path, {**RUN, "adapter": "lora", "options": {"seed": 1, "gone": 2}})
+    (tmp_path / "checkpoint-1").mkdir()
+    early = {name: RUN[name] for name in ("trainer", "model", "optim")}
+    check_folder(tmp_path, {**early, "options": {"seed": 1, "new": 3}}, overwrite=False)
+    for other in ({"seed": 2, "new": 3}, {"gone": 3}):
+        with pytest.raises(ConfigError, match="(seed 1 there, 2|gone 2 there, 3) here"):
+            check_folder(tmp_path, {**early, "options": other}, overwrite=False)
+    claim(tmp_path, {**RUN, "rows": None})  # of a stream; and a record without adapters
+    check_folder(tmp_path, {**RUN, "adapter": "lora"}, overwrite=False)
+
+
+def test_a_folder_may_have_the_name_of_a_model_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_folder("gpt2", {**RUN, "model": "gpt2"}, overwrite=False)
+    (tmp_path / "gpt2").mkdir()
+    check_folder("gpt2", {**RUN, "model": "gpt2"}, overwrite=False)
+
+
+def test_what_is_removed_of_an_earlier_run_is_its_checkpoints_and_its_model(tmp_path):
+    """A model in several files has an index, from which another in one file would be read wrongly."""
+    kept = {"README.md", "tokenizer.json", "notes", "training_args.bin"}
+    model = {
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+    }
+    for name in kept | model:
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoint-1").mkdir()
+    remove_results(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    (tmp_path / "config.json").touch()
+    assert not has_results(tmp_path)
+    assert not has_results(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("has_optimizer", "only_trained", "size"),
+    [(True, False, 208), (False, False, 80), (True, True, 192), (False, True, 64)],
+)
+def test_bytes_of_a_checkpoint_by_hand(has_optimizer, only_trained, size):
+    """16 trained numbers of 4 bytes, with two moments each; 8 frozen ones of 2 bytes."""
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 4), torch.nn.Linear(2, 4, bias=False).half().requires_grad_(False)])
+    assert checkpoint_bytes(model, has_optimizer=has_optimizer, only_trained=only_trained) == size
+
+
+def test_a_checkpoint_may_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    check_space(tmp_path, 1000)
+    with pytest.raises(ConfigError, match="a checkpoint takes about"):
+        check_space(tmp_path, 1001)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    check_writable(tmp_path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write to any folder
+    with pytest.raises(ConfigError, match=f"output_dir='{tmp_path}' cannot be written to"):
+        check_writable(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_said_at_the_start(make_model, tmp_path, monkeypatch):
