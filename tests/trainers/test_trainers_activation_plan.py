@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from trl.trainers.activation_plan import (
     trained_bytes,
 )
 from trl.trainers.heaviest import row_positions, shortened
+from trl.trainers.sampling_memory import sampling_bytes
 from trl.types import Completion, Example
 
 ROWS = Dataset.from_dict({"text": [f"cat {i} sat on mat." * (1 + i % 3) for i in range(16)]})
@@ -296,6 +298,49 @@ def test_a_shorter_example_keeps_its_shape():
     found = shortened(example, 1 / 4)
     assert (len(found.prompt), [len(c) for c in found.completions]) == (2, [1, 1])
     assert found.completions[0].signals == {"reward": 1.0, "values": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("optim", "device", "processes", "size"),
+    [
+        ("adamw_torch_fused", "cuda", 1, 16 * (4 + 8)),
+        ("adamw_torch_fused", "cuda", 2, 16 * (4 + 4 + 8)),  # with DDP's buckets
+        ("adamw_torch", "cuda", 1, 16 * (4 + 8 + 4)),  # with the roots of all second moments
+        ("adamw_torch", "cpu", 1, 16 * (4 + 8)),
+        ("adamw_8bit", "cuda", 1, 16 * (4 + 2)),
+        ("sgd", "cuda", 1, 16 * 4),
+    ],
+)
+def test_bytes_of_gradients_and_states_by_hand(optim, device, processes, size):
+    """16 trained numbers of 4 bytes, and 8 frozen ones."""
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 4), torch.nn.Linear(2, 4, bias=False).requires_grad_(False)])
+    args = SimpleNamespace(optim=optim, device=torch.device(device))
+    assert (
+        trained_bytes(SimpleNamespace(args=args, model=model, accelerator=SimpleNamespace(num_processes=processes)))
+        == size
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "bf16", "cache_width", "is_copied"),
+    [
+        ("cpu", torch.float32, True, 4, False),
+        ("cuda", torch.float32, False, 4, False),
+        ("cuda", torch.float32, True, 2, True),
+        ("cuda", torch.bfloat16, True, 2, False),
+    ],
+)
+def test_bytes_of_sampling_by_hand(make_model, device, weights, bf16, cache_width, is_copied):
+    """6 completions of at most 5 + 7 tokens, in 2 layers of 2 heads of 8 numbers."""
+    model = make_model("llama", num_hidden_layers=2, num_key_value_heads=2).to(weights)
+    args = SimpleNamespace(
+        max_completion_length=7, per_device_train_batch_size=2, gradient_accumulation_steps=3, bf16=bf16, fp16=False,
+        device=torch.device(device),
+    )  # fmt: skip
+    cache = cache_width * 2 * 2 * (2 * 8) * 6 * (5 + 7)
+    drawn = 3 * 4 * 6 * WIDTHS["vocab_size"]
+    copied = sum(2 * p.numel() for name, p in model.named_parameters() if "norm" not in name) if is_copied else 0
+    assert sampling_bytes(args, model, [{"prompt_ids": [1] * n} for n in (3, 5, 4)]) == cache + copied + drawn
 
 
 def test_running_out_of_memory_says_what_to_change(make_model, tokenizer, tmp_path, monkeypatch):
