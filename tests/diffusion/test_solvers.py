@@ -127,6 +127,11 @@ def test_noise_of_training():
     noisy, target = add_ddim_noise(scheduler, clean, noise, t)
     assert torch.allclose(noisy, alpha * clean + sigma * noise, atol=1e-6)
     assert torch.allclose(target, alpha * noise - sigma * clean, atol=1e-6)
+    for prediction, expected in (("epsilon", noise), ("sample", clean)):
+        other = diffusers.DDIMScheduler(**SD, prediction_type=prediction)
+        same, target = add_ddim_noise(other, clean, noise, t)
+        assert torch.equal(same, noisy)
+        assert torch.equal(target, expected)
     noisy, target = add_flow_noise(clean, noise, torch.tensor([0.0, 0.25]))
     assert torch.equal(noisy[0], clean[0])
     assert torch.allclose(noisy[1], 0.75 * clean[1] + 0.25 * noise[1])
@@ -149,10 +154,15 @@ def test_schedulers_that_cannot_be_followed():
         as_ddim(diffusers.DDIMScheduler(thresholding=True))
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_numbers_of_steps_that_no_schedule_has(steps):
-    with pytest.raises(ConfigError, match=f"{steps} denoising steps"):
-        ddim_schedule(diffusers.DDIMScheduler(**SD), steps, eta=1.0)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_numbers_of_steps_that_a_schedule_has(spacing):
+    """Stable Diffusion's steps begin one later, so that one is missing at the end."""
+    scheduler = diffusers.DDIMScheduler(**SD, timestep_spacing=spacing)
+    most = 999 if spacing == "leading" else 1000
+    assert [len(ddim_schedule(scheduler, steps, eta=1.0)) for steps in (1, most)] == [1, most]
+    for steps in (0, -1, most + 1):
+        with pytest.raises(ConfigError, match=f"^{steps} denoising steps: give at least 1, and at most the {most} of"):
+            ddim_schedule(scheduler, steps, eta=1.0)
 
 
 def test_noise_that_a_model_of_noise_cannot_begin_with():

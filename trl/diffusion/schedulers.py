@@ -55,8 +55,9 @@ def check_flow(scheduler: Any) -> Any:
 
 def ddim_schedule(scheduler: Any, steps: int, *, eta: float) -> Schedule:
     """The schedule of a `DDIMScheduler` with `steps` steps and noise strength η."""
-    check_steps(steps, at_most=scheduler.config.num_train_timesteps)
     config = scheduler.config
+    offset = config.steps_offset if config.timestep_spacing == "leading" else 0
+    check_steps(steps, at_most=config.num_train_timesteps - offset)
     scheduler.set_timesteps(steps)
     now, table = (
         scheduler.timesteps.cpu(),
@@ -84,9 +85,8 @@ def flow_schedule(scheduler: Any, steps: int, *, eta: float, solver: FlowSolver,
 
 def shift_of(config: Any, length: int) -> float:
     """The shift μ for a latent of `length` positions, interpolated linearly between the two in the scheduler's configuration."""
-    short, long = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return low + (high - low) * (length - short) / (long - short)
+    short, long = config.base_image_seq_len, config.max_image_seq_len
+    return config.base_shift + (config.max_shift - config.base_shift) * (length - short) / (long - short)
 
 
 def check_steps(steps: int, *, at_most: int) -> None:
