@@ -148,7 +148,40 @@ def test_tools_and_template_arguments_reach_the_template(make):
     assert template.render([make.user("hello")])[0] == "none calm hello"
     row = {"tools": [tool], "chat_template_kwargs": {"mood": "glad", "other": None}}
     assert template.render([make.user("hello")], row)[0] == "add glad hello"
-    assert template.render([make.user("hello")], {"tools": '[{"function": {"name": "sum"}}]'})[0] == "sum calm hello"
+    other = {"tools": '[{"function": {"name": "sum"}}]'}
+    assert template.render([make.user("hello")], other)[0] == "sum calm hello"
+    template = ChatTemplate(tokenizer, tools=[tool], template_kwargs={"mood": "calm"})
+    found = [template.render([make.user("hello")], row)[0] for row in ({}, other)]
+    assert found == ["add calm hello", "sum calm hello"]
+    with pytest.raises(DataError, match="column 'chat_template_kwargs': expected a mapping, found a list"):
+        template.render([make.user("hello")], {"chat_template_kwargs": [["mood", "glad"]]})
+
+
+def test_answers_of_a_prompt_that_have_other_headers(make):
+    """Only one of them has a thought, with which the generation prompt begins: it is part of the answers, not of the prompt."""
+    tokenizer = make.tokenizer("opens_thoughts")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m.content.split('</think>')[-1] }}", "{{ m.content }}"
+    )
+    answers = ["<think>\nhm</think>yes", "<b>no", "maybe"]
+    for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
+        given = [[make.assistant(answers[i])] for i in order]
+        prompt, found = ChatTemplate(tokenizer).answers([make.user("hello")], given)
+        assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+        assert found == [f"{answers[i]}<|im_end|>\n" for i in order]
+
+
+def test_a_template_that_ends_no_turn_is_said(make, caplog):
+    tokenizer = make.tokenizer("chatml")
+    template = ChatTemplate(tokenizer)
+    template.answers([make.user("hello")], [[make.assistant("yes")]])
+    assert not caplog.records
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+    template = ChatTemplate(tokenizer)
+    for _ in range(2):
+        template.answers([make.user("hello")], [[make.assistant("yes")]])
+    (record,) = caplog.records
+    assert "writes no token that ends a turn" in record.getMessage()
 
 
 def test_apply_chat_template_to_every_kind(make):
@@ -201,8 +234,18 @@ def test_clone_chat_template(make):
     assert tokenizer.eos_token == "<|im_end|>"
     assert model.get_input_embeddings().num_embeddings == 8
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert len(tokenizer) == 8  # so that every id that the model samples is a token
     with pytest.raises(DataError, match="no chat template to clone"):
         clone_chat_template(model, tokenizer, make.tokenizer())
+
+
+@pytest.mark.parametrize(("rows", "multiple", "left"), [(3, None, 7), (16, 8, 16), (7, 8, 7)])
+def test_clone_chat_template_adds_no_more_rows_than_are_needed(make, rows, multiple, left):
+    tokenizer, model = base_tokenizer(), LlamaForCausalLM(LlamaConfig(vocab_size=rows, **SHAPE))
+    source = make.tokenizer("chatml")
+    model, tokenizer, added = clone_chat_template(model, tokenizer, source, resize_to_multiple_of=multiple)
+    assert (model.get_input_embeddings().num_embeddings, len(tokenizer)) == (left, 7)
+    assert added == [3, 4, 5, 6]
 
 
 def test_chatml_for_a_base_model(make, dialogue):
@@ -222,3 +265,5 @@ def test_chatml_for_a_base_model(make, dialogue):
     assert render_chat(dialogue, marked) == expected
     with pytest.raises(DataError, match="has a chat template already"):
         setup_chat_format(model, tokenizer)
+    with pytest.raises(ConfigError, match="Unknown format 'chatmi'. Did you mean 'chatml'"):
+        setup_chat_format(model, base_tokenizer(), format="chatmi")

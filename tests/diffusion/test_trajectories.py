@@ -1,11 +1,17 @@
 """Trajectories: recomputed as sampled, whatever shares a forward pass, and gradients for any split."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+
 import pytest
 import torch
 
 from tests.diffusion.pipelines import PIPELINES, PROMPTS, SIZE
+from trl.diffusion.differentiable import first_step, sample_with_gradient
 from trl.diffusion.families import denoiser_for
-from trl.diffusion.rollouts import seed_of
+from trl.diffusion.forward_process import NoisedPicture, levels, noised_batch
+from trl.diffusion.rollouts import seed_of, split_pictures
 from trl.diffusion.solvers import within
 from trl.diffusion.trajectories import batch_of, generators_for, sample, score_steps, step_of, transitions_of
 from trl.ops.gaussian import gaussian_kl
@@ -58,6 +64,51 @@ def test_recomputed_log_probabilities_are_those_of_sampling(name):
         scores = run.score(steps)  # all of them in one forward pass, in any order
     expected = torch.tensor([each.signals["old_logprobs"] for each in steps])
     assert torch.allclose(scores.logprobs[:, 0], expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_steps_add_the_noise_of_their_generator_by_hand(name):
+    """x' = μ + s ε, of log-density −ε²/2 − log s − ½ log 2π, averaged over dimensions."""
+    run = Run(name)
+    found, texts = run.trajectories, run.denoiser.collate(run.texts)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    drawn = torch.stack([torch.randn(*run.denoiser.latent_shape, generator=each) for each in generators])
+    assert torch.equal(found.latents[:, 0], drawn)
+    for t in (0, 1):
+        noise = torch.stack([torch.randn(*run.denoiser.latent_shape, generator=each) for each in generators])
+        args = (found.latents[:, t], torch.full((2,), t), texts, run.schedule, run.negative)
+        with torch.no_grad():
+            mean, sd = step_of(run.denoiser, run.denoiser.module, *args)
+        assert torch.allclose(found.latents[:, t + 1], mean + sd[0] * noise, atol=1e-5)
+        logprobs = -noise.square().flatten(1).mean(1) / 2 - sd.log() - math.log(2 * math.pi) / 2
+        assert torch.allclose(found.logprobs[:, t], logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sampling_with_gradient_takes_the_same_steps(recompute):
+    """From the same noise; only steps from the first one on have a gradient, and none where none is asked for."""
+    run = Run("sd3")
+    states, module = run.trajectories.latents, run.denoiser.module
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+
+    def noise(like):
+        return torch.stack([torch.randn(*like.shape[1:], generator=each) for each in generators])
+
+    args = (run.denoiser, module, run.denoiser.collate(run.texts), run.schedule)
+    options = {"negative": run.negative, "noise": noise, "recompute": recompute}
+    found = sample_with_gradient(*args, noise(states[:, 0]), first=2, **options)
+    for t, state in enumerate(found):
+        assert torch.allclose(state, states[:, t], atol=1e-5)
+    assert [state.requires_grad for state in found] == [False, False, False, True, True]
+    with torch.no_grad():
+        found = sample_with_gradient(*args, states[:, 0], first=0, **options)
+    assert not any(state.requires_grad for state in found)
+
+
+def test_the_first_step_with_gradient_is_at_most_the_last():
+    assert [first_step(4, fixed=fixed, drawn_between=None) for fixed in (0, 3, 4, 9)] == [0, 3, 3, 3]
+    torch.manual_seed(0)
+    assert {first_step(4, fixed=0, drawn_between=(1, 9)) for _ in range(99)} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "qwen"])
@@ -133,13 +184,78 @@ def test_the_exact_divergence_is_what_many_draws_say():
     assert log_ratio.mean().item() == pytest.approx(exact, rel=0.05)
 
 
+def devices(value) -> set[str]:
+    """The devices of all tensors within a field of a batch."""
+    if isinstance(value, torch.Tensor):
+        return {value.device.type}
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    return set().union(*map(devices, parts))
+
+
+def pictures(*, learned=(True, False)) -> list[NoisedPicture]:
+    """Items of two clean latents each."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        NoisedPicture(tuple(torch.randn(2, 4, 2, 2, generator=generator)), PROMPTS[i], level, 5 + i, {"x": 1.0}, each)
+        for i, (level, each) in enumerate(zip((0.25, 0.75), learned, strict=True))
+    ]
+
+
 def test_batches_move_as_a_whole():
     run = Run("sd")
     batch = run.batch(run.steps(old_logprobs=run.trajectories.logprobs, advantages=torch.tensor([1.0, -1.0])))
-    moved = batch.to("cpu")
-    assert moved.tokens == len(moved.mask) == len(batch.mask)
-    assert moved.signals["old_logprobs"].shape == moved.mask.shape
-    assert moved.signals["advantages"].shape == (moved.tokens,)
+    for each in (batch, noised_batch(pictures(), batch.texts)):
+        moved = each.to("meta")
+        assert moved.tokens == each.tokens
+        for field in fields(each):
+            found = devices(getattr(moved, field.name))
+            assert found <= ({"cpu"} if field.name == "step" else {"meta"}), field.name
+    assert batch.signals["old_logprobs"].shape == batch.mask.shape
+    assert batch.signals["advantages"].shape == (batch.tokens,)
+
+
+def test_what_is_masked_out_is_not_trained_on():
+    batch = noised_batch(pictures(), {})
+    assert (batch.mask.tolist(), batch.tokens) == ([[1.0], [0.0]], 1)
+    assert batch.masked_out().mask.tolist() == [[0.0], [0.0]]
+
+
+# ---- the forward process ----
+
+
+def test_noised_pairs_by_hand():
+    """Both pictures of a pair have its noise, level and text: x = (1 − σ) x₀ + σ ε, whose velocity is ε − x₀."""
+    denoiser, items = denoiser_of("sd3"), pictures()
+    texts = denoiser.collate(denoiser.encode(PROMPTS))
+    found = noised_batch(items, texts).noised(denoiser)
+    for place, (side, i) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        clean, level = items[i].latents[side], items[i].level
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(items[i].seed))
+        assert torch.allclose(found.latents[place], (1 - level) * clean + level * noise)
+        assert torch.allclose(found.target[place], noise - clean)
+        assert found.timesteps[place] == 1000 * level
+        assert all(torch.equal(found.texts[name][place], texts[name][i]) for name in texts)
+
+
+def test_levels_are_drawn_one_from_each_part():
+    found = [levels(4, seed) for seed in (0, 0, 1)]
+    assert all(k / 4 <= level < (k + 1) / 4 for each in found for k, level in enumerate(each))
+    assert found[0] == found[1] != found[2]
+
+
+def test_minibatches_hold_whole_pictures_and_each_once():
+    items = [[(n, t) for t in range(n % 3)] for n in range(7)]
+    found = split_pictures(items, 3, seed=0)
+    assert sorted(item for each in found for item in each) == sorted(item for each in items for item in each)
+    plain = split_pictures([[n] for n in range(7)], 3, seed=0)
+    assert [len(each) for each in plain] == [2, 2, 3]
+    assert (
+        plain
+        == split_pictures([[n] for n in range(7)], 3, seed=0)
+        != split_pictures([[n] for n in range(7)], 3, seed=1)
+    )
+    where = {n: k for k, each in enumerate(plain) for n in each}
+    assert all(where[n] == k for k, each in enumerate(found) for n, _ in each)
 
 
 # ---- seeds ----
