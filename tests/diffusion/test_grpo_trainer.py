@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from tests.diffusion.pipelines import PIPELINES
 from tests.diffusion.support import LORA, ROLLOUTS, Poison, online, weights_of
@@ -248,6 +249,32 @@ def test_without_an_adapter_the_whole_pipeline_is_saved_with_averaged_weights(tm
     found = dict(saved.unet.named_parameters())[name]
     assert torch.equal(found, run.ema.weights[name].cpu())
     assert not torch.equal(found, dict(run.module.named_parameters())[name].cpu())
+
+
+class Watch(TrainerCallback):
+    """The weights after every optimizer step."""
+
+    def __init__(self, run):
+        self.run, self.seen = run, [weights_of(run)]
+
+    def on_step_end(self, *_, **__):
+        self.seen.append(weights_of(self.run))
+
+
+def test_averaged_weights_by_hand(tmp_path):
+    """θ' ← ¼ θ' + ¾ θ once after every step, also where an epoch ends with it."""
+    run = trainer(tmp_path, ema_decay=0.25, max_steps=5)
+    watch = Watch(run)
+    run.add_callback(watch)
+    run.train()
+    expected, *after = watch.seen
+    for weights in after:
+        expected = 0.25 * expected + 0.75 * weights
+    assert len(after) == 5
+    assert run.state.epoch > 1
+    with run.averaged():
+        assert torch.allclose(weights_of(run), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(weights_of(run), after[-1])
 
 
 def test_pictures_before_and_after(tmp_path):

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.pictures import PictureLog
@@ -109,14 +109,15 @@ class DiffusionTrainer(WritesModelCard, EvaluatingTrainer):
                 "Diffusion models are trained with DDP, or on one device: FSDP and DeepSpeed are not supported."
             )
         self.pipeline.to(self.args.device)
+        self.ema = None if self.args.ema_decay is None else SwappedWeights(self.module)
+        if self.ema is not None:
+            self.states.register("ema", self.ema)
+            self.add_callback(FollowWeights(self.ema, self.module, self.args.ema_decay))
         if self.args.num_pictures and self.train_dataset is not None:
             self.add_callback(PictureLog(self, self.pictured_rows()))
         if self.args.html_report:
             self.add_callback(ReportCallback())  # after PictureLog, whose pictures the report shows
         self.embeddings = PromptEmbeddings(self.denoiser)
-        self.ema = None if self.args.ema_decay is None else SwappedWeights(self.module)
-        if self.ema is not None:
-            self.states.register("ema", self.ema)
         self._frozen: nn.Module | None = None
 
     @staticmethod
@@ -200,11 +201,6 @@ class DiffusionTrainer(WritesModelCard, EvaluatingTrainer):
     def texts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of `prompts` from the text encoders, collated."""
         return self.denoiser.collate(self.embeddings(prompts))
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.ema is not None:
-            self.ema.follow(self.module, decay=self.args.ema_decay)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- items that are sampled ----
 
@@ -309,6 +305,16 @@ class DiffusionTrainer(WritesModelCard, EvaluatingTrainer):
 
     def _load_best_model(self) -> None:
         load_trained(self.module, self.part, Path(self.state.best_model_checkpoint))
+
+
+class FollowWeights(TrainerCallback):
+    """Updates a moving average of the weights of `module` after every optimizer step."""
+
+    def __init__(self, average: SwappedWeights, module: nn.Module, decay: float) -> None:
+        self.average, self.module, self.decay = average, module, decay
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.average.follow(self.module, decay=self.decay)
 
 
 def check_prompts(rows: Rows, name: str) -> None:
