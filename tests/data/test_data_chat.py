@@ -75,6 +75,12 @@ def test_a_tokenizer_that_writes_leading_spaces(make, dialogue):
     assert [text.strip() for text in trained_text(dialogue, tokenizer)] == ["blue </s>", "fine </s>"]
 
 
+def test_without_a_token_that_ends_turns_their_line_end_is_trained(make, dialogue):
+    tokenizer = make.tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+    assert trained_text(dialogue, tokenizer) == ["blue\n", "fine\n"]
+
+
 def test_a_turn_that_is_rewritten_later_is_found_by_its_closing_token(make, dialogue):
     thinking = [*dialogue[:1], make.assistant("<think>hm</think>blue"), *dialogue[2:]]
     assert trained_text(thinking, make.tokenizer("forgets_thoughts")) == ["blue<|im_end|>", "fine<|im_end|>"]
@@ -155,6 +161,12 @@ def test_tools_and_template_arguments_reach_the_template(make):
     assert found == ["add calm hello", "sum calm hello"]
     with pytest.raises(DataError, match="column 'chat_template_kwargs': expected a mapping, found a list"):
         template.render([make.user("hello")], {"chat_template_kwargs": [["mood", "glad"]]})
+
+
+def test_a_template_argument_that_is_not_used_is_said(make, caplog):
+    ChatTemplate(make.tokenizer("chatml"), template_kwargs={"add_generation_promt": True})
+    (record,) = caplog.records
+    assert "does not use 'add_generation_promt'. Did you mean 'add_generation_prompt'?" in record.getMessage()
 
 
 def test_answers_of_a_prompt_that_have_other_headers(make):

@@ -205,8 +205,8 @@ class TurnFinder:
     def _shared_end(self, rendered: str, at: int) -> int | None:
         """Where `rendered`, whose last turn is the turn in question, ends in the text from `at` on; None if it is not there.
 
-        Some templates end the last turn, or the whole conversation, with a token of its own. Then the text does not have the
-        tokens at the end of `rendered`, but may have another token there that ends turns.
+        Some templates end the last turn, or the whole conversation, with a token of its own, which the text does not have
+        there: then the turn ends before it, or with another token (see `_closed`).
         """
         kept = rendered
         while not self.text.startswith(kept, at):
@@ -215,8 +215,7 @@ class TurnFinder:
             if token is None:
                 return None
             kept = kept.removesuffix(token)
-        end = at + len(kept)
-        return end if kept == rendered else self.borders.stopped(self.text, at, end)
+        return at + len(kept)
 
     def _closed(self, start: int, end: int) -> Span:
         """The span with the token that ends the turn, but without the blank space and the next header after it."""
