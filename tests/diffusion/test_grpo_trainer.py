@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from tests.diffusion.pipelines import PIPELINES
 from tests.diffusion.support import LORA, ROLLOUTS, Poison, online, weights_of
 from tests.diffusion.support import ROWS as PROMPTS
+from trl.algorithms.surrogates import CISPO, SAPO, Clip
 from trl.errors import ConfigError, DataError, ModelError
 from trl.rewards.call import RewardError
 from trl.rewards.images import brightness_reward
@@ -101,6 +102,20 @@ def test_a_window_of_steps(tmp_path):
     run.train()
     assert {len(window) for window in windows} == {2}
     assert all(window[0] >= 1 and window[1] == window[0] + 1 for window in windows)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"epsilon": 0.1}, Clip(0.1, 0.1)),
+        ({"epsilon": 0.1, "epsilon_high": 0.2}, Clip(0.1, 0.2)),
+        ({"loss_type": "cispo"}, CISPO(5.0)),
+        ({"loss_type": "cispo", "epsilon_high": 3.0}, CISPO(3.0)),
+        ({"loss_type": "sapo"}, SAPO()),
+    ],
+)
+def test_how_ratios_are_bounded(tmp_path, options, expected):
+    assert DiffusionGRPOConfig(str(tmp_path), **ROLLOUTS, **options).make_algorithm().surrogate == expected
 
 
 @pytest.mark.parametrize("trainer_class", [DiffusionGRPOTrainer, DiffusionDDPOTrainer])
@@ -271,6 +286,7 @@ def test_averaged_weights_by_hand(tmp_path):
     for weights in after:
         expected = 0.25 * expected + 0.75 * weights
     assert len(after) == 5
+    assert {row["advantages/clipped"] for row in run.state.log_history if "loss" in row} == {0.0}
     assert run.state.epoch > 1
     with run.averaged():
         assert torch.allclose(weights_of(run), expected, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,7 @@
 """DiffusionNFT's and Diffusion-DPO's trainers: identities, splits, resuming, bad input."""
 
 import math
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from datasets import Dataset
 from PIL import Image
 
 from tests.diffusion.support import LORA, OPTIONS, ROLLOUTS, Poison, online, options_for, pairs, pipeline_of, weights_of
+from trl.diffusion.forward_process import NoisedPicture
 from trl.errors import ConfigError, DataError, RowError
 from trl.trainers.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer, as_tensor, check_pictures
 from trl.trainers.diffusion.nft import DiffusionNFTConfig, DiffusionNFTTrainer
 from trl.training.nonfinite import NonFiniteError
+from trl.types import Experience
 from trl.vision.images import ORIENTATION
 
 
@@ -88,11 +91,42 @@ def test_steps_that_are_not_finite(tmp_path, make):
 # ---- NFT ----
 
 
-def test_nft_begins_at_its_old_policy_and_reference(tmp_path):
-    run = nft(tmp_path, max_steps=3, old_decay_rate=0.3, learning_rate=1e-3)
+@pytest.mark.parametrize("lora", [True, False])
+def test_nft_begins_at_its_old_policy_and_reference(tmp_path, lora):
+    run = nft(tmp_path, lora=lora, max_steps=3, old_decay_rate=0.3, learning_rate=1e-3)
     run.train()
     assert logged(run, "old_distance")[0] == logged(run, "ref_distance")[0] == 0
     assert logged(run, "ref_distance")[2] > logged(run, "old_distance")[2] > 0
+
+
+def test_nft_fits_good_pictures_by_the_new_policy_and_bad_ones_by_its_reflection(tmp_path):
+    run = nft(tmp_path, beta=0, nft_beta=1.0)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(2, *run.denoiser.latent_shape, generator=generator)
+    items = [NoisedPicture((clean[i],), "a circle", 0.5, i, {"optimality": float(i == 0)}) for i in range(2)]
+    batch = run.collate(items)
+    noised = batch.noised(run.denoiser)
+    with torch.no_grad():
+        old = run._output(run.module, noised)
+        for p in run.module.parameters():
+            p.add_(p.requires_grad * 0.2 * torch.randn(p.shape, generator=generator))
+        new = run._output(run.module, noised)
+        loss, metrics = run.loss(run.module, batch)
+    assert not torch.allclose(new, old, atol=1e-2)
+    for i, velocity in enumerate((new[0], 2 * old[1] - new[1])):
+        error = 0.5 * (velocity - noised.target[i])
+        assert loss[i, 0].item() == pytest.approx((error.square().mean() / error.abs().mean()).item(), rel=1e-4)
+    distance = (new - old).square().flatten(1).mean(1)
+    assert torch.allclose(metrics["old_distance"], distance, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(4.0, [0.375, 0.625, 0.5, 0.5]), (0.5, [0.0, 1.0, 0.5, 0.5])])
+def test_nft_optimality_of_pictures_by_hand(tmp_path, clip, expected):
+    """r = ½ + A / 2c: of a group's rewards 0 and 2, each 1 from their mean; and of equal ones."""
+    run = nft(tmp_path, advantage_clip=clip, scale_rewards="none")
+    rewards, group = torch.tensor([0.0, 2.0, 7.0, 7.0]), torch.tensor([0, 0, 1, 1])
+    found = run.advantages(Experience(rewards, group, torch.ones(4, 1)))
+    assert found.signals["optimality"].tolist() == pytest.approx(expected)
 
 
 def test_nft_samples_by_the_old_policy(tmp_path):
@@ -197,8 +231,9 @@ def test_dpo_finds_a_picture_that_is_none_before_training(tmp_path, monkeypatch,
     with pytest.raises(RowError, match="^Row 3, column 'rejected': "):
         dpo(tmp_path, rows=rows, shuffle_dataset=False, per_device_train_batch_size=3).train()
     if picture != "cut.png":
-        with pytest.raises(RowError, match="^Row 3, column 'rejected': "):
-            check_pictures(rows, "train")
+        for check in (check_pictures, partial(DiffusionDPOTrainer.check_rows, args=DiffusionDPOConfig(str(tmp_path)))):
+            with pytest.raises(RowError, match="^Row 3, column 'rejected': "):
+                check(rows, "train")
 
 
 def test_a_picture_stands_upright():
@@ -216,6 +251,9 @@ def test_a_picture_stands_upright():
 def test_dpo_rows_without_pictures(tmp_path):
     with pytest.raises(DataError, match="train_dataset has no column 'rejected'"):
         dpo(tmp_path, rows=Dataset.from_dict({"prompt": ["a"], "chosen": [[[[0.0]]]]}))
+    nameless = pairs(2).remove_columns("prompt").add_column("prompt", [None, "a"])
+    with pytest.raises(RowError, match="Row 1, column 'prompt'"):
+        dpo(tmp_path, rows=nameless)
     with pytest.raises(ConfigError, match="beta=0"):
         dpo(tmp_path, beta=0)
 

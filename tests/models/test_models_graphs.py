@@ -497,15 +497,19 @@ def test_values_of_layers_on_lower_layers_are_computed_by_layers(captured):
 
 
 def test_gradients_can_be_asked_of_autograd_without_graphs(captured):
-    model, plain, _ = captured()
+    model, plain, recorder = captured()
     batch = batch_of(0, 1)
     for _ in range(2):
         step(model, batch)
+    replays = recorder.replays
     with without_graphs(model):
         found = torch.autograd.grad(score(model, batch).logprobs.sum(), list(model.parameters()))
     expected = torch.autograd.grad(score(plain, batch).logprobs.sum(), list(plain.parameters()))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+    assert recorder.replays == replays
+    step(model, batch)
+    assert recorder.replays > replays
 
 
 def test_a_model_that_is_resumed_from_lower_layers_is_not_replayed(captured):

@@ -293,6 +293,13 @@ def test_the_heaviest_rows_are_those_of_the_layout(make_model, tokenizer, tmp_pa
     assert trainer.collate(heaviest_micro_batch(trainer)).positions == max(each)
 
 
+def test_the_heaviest_micro_batch_is_the_largest_of_its_step(make_model, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [6] * n} for n in (10, 40, 20, 30)])
+    options = {"config": SFTConfig, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    trainer = planned(SFTTrainer, 0, make_model("llama"), tokenizer, tmp_path, rows, **options)
+    assert [len(example.completions[0]) for example in heaviest_micro_batch(trainer)] == [40]
+
+
 def test_a_shorter_example_keeps_its_shape():
     example = Example([1] * 8, (Completion([2] * 4, None, {"reward": 1.0, "values": [0.5] * 4}), Completion([3])))
     found = shortened(example, 1 / 4)
