@@ -75,6 +75,39 @@ def test_no_row_of_an_evaluation_is_dropped(make_model, tmp_path):
     assert found == [(found[0][0], False), (found[0][0], True)]
 
 
+class Passes(SFTTrainer):
+    """Notes of every forward pass how many tokens count, and whether it keeps a graph."""
+
+    def loss(self, model, batch):
+        loss, metrics = super().loss(model, batch)
+        self.passes.append((batch.tokens, loss.requires_grad))
+        return loss, metrics
+
+
+def test_an_evaluation_goes_along_with_other_processes_and_counts_its_own_rows(make_model, tmp_path):
+    args = SFTConfig(**options(tmp_path, per_device_eval_batch_size=3, max_steps=1))
+    trainer = Passes(make_model("llama"), args, train_dataset=TEXTS, eval_dataset=TEXTS, tokenizer=make_tokenizer())
+
+    def evaluated():
+        trainer.passes = []
+        metrics = trainer.evaluate()
+        return {name: value for name, value in metrics.items() if "second" not in name and "runtime" not in name}
+
+    alone = evaluated()
+    passes = trainer.passes
+    assert not any(has_graph for _, has_graph in passes)
+    trainer._most = lambda count: count + 2  # as if another process had two more micro-batches in each batch
+    assert evaluated() == alone
+    dummies = [each for each in trainer.passes if each not in passes]
+    assert dummies == [(0, False)] * 4
+    del trainer._most
+    (batch, _) = trainer.get_eval_dataloader()
+    trainer.prediction_step(trainer.model, RowItems(batch.rows, counted=0), prediction_loss_only=True)
+    assert not trainer.meters["eval"].read(trainer._gather, trainer.args.device)
+    trainer.train()  # whose rows are no rows of an evaluation
+    assert trainer.passes[-1][1]
+
+
 def test_kto_goes_along_with_other_processes_without_a_row_of_its_own(make_model, tmp_path):
     trainer = labelled(tmp_path, make_model("llama"))
     trainer._most = lambda count: 1
