@@ -138,6 +138,8 @@ def test_what_is_logged_is_the_mean_of_the_steps_that_were_taken(tmp_path):
     thrice.train()
     losses = logged(each, "loss")
     assert logged(thrice, "loss") == pytest.approx([sum(losses[:2]) / 2, sum(losses[3:]) / 3], rel=1e-5)
+    final, taken = each.state.log_history[-1], [*losses[:2], *losses[3:]]
+    assert (final["train_loss"], final["skipped_steps"]) == (pytest.approx(sum(taken) / 5, rel=1e-5), 1)
     accuracies = logged(each, "mean_token_accuracy")
     assert accuracies[2] is None
     assert logged(thrice, "mean_token_accuracy")[0] == pytest.approx(sum(accuracies[:2]) / 2, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset
 
 from tests.conftest import make_tokenizer
@@ -106,6 +107,24 @@ def test_an_evaluation_goes_along_with_other_processes_and_counts_its_own_rows(m
     assert not trainer.meters["eval"].read(trainer._gather, trainer.args.device)
     trainer.train()  # whose rows are no rows of an evaluation
     assert trainer.passes[-1][1]
+
+
+def test_a_step_goes_along_with_other_processes(make_model, tmp_path):
+    """Dummy passes change no number, and count no token."""
+    found = []
+    for more in (0, 2):
+        args = SFTConfig(**options(tmp_path, max_steps=2, logging_steps=1, per_device_train_batch_size=2))
+        model = make_model("llama")
+        trainer = Passes(model, args, train_dataset=TEXTS, tokenizer=make_tokenizer())
+        trainer.passes, trainer._most = [], lambda count, more=more: count + more
+        trainer.train()
+        assert [tokens for tokens, _ in trainer.passes].count(0) == 2 * more
+        logs = [
+            {k: log[k] for k in ("loss", "grad_norm", "num_tokens", "entropy")} for log in trainer.state.log_history[:2]
+        ]
+        found.append((logs, model.lm_head.weight.detach()))
+    assert found[0][0] == [pytest.approx(each) for each in found[1][0]]
+    assert torch.allclose(found[0][1], found[1][1])
 
 
 def test_kto_goes_along_with_other_processes_without_a_row_of_its_own(make_model, tmp_path):
