@@ -203,3 +203,20 @@ def test_a_template_that_ends_no_turn_is_said(caplog):
         made.whole(said(*TURNS))
         made.whole(said(*TURNS))
     assert caplog.text.count("the model will not learn to stop") == 1
+
+
+def test_a_conversation_without_an_answer_is_said_once(caplog):
+    made = template(CHATML)
+    with caplog.at_level(logging.WARNING, "trl"):
+        made.whole(said(("user", "Is it far?"), ("assistant", "No.")))
+        assert "assistant_only_loss" not in caplog.text
+        made.whole(said(("system", "Be brief."), ("user", "Is it far?")))
+        made.whole(said(("user", "Is it open?")))
+    assert caplog.text.count("no message of the assistant, only of 'user' (the last one begins with 'Is it far?')") == 1
+
+
+def test_a_misspelt_role_is_said_with_the_one_that_was_meant(caplog):
+    with caplog.at_level(logging.WARNING, "trl"):
+        template(CHATML).whole(said(("user", "Q"), ("assisant", "A")))
+    assert "'assisant'" in caplog.text
+    assert "Did you mean 'assistant'?" in caplog.text

@@ -17,7 +17,6 @@ from transformers import BertConfig, BertForSequenceClassification
 from tests.conftest import MODELS, make_tokenizer
 from trl.cli.main import main
 from trl.trainers.ppo.config import PPOConfig
-from trl.training import output_folder
 
 TEXT = (Path(__file__).parents[2] / "docs" / "ppo.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", TEXT, re.DOTALL)
@@ -55,9 +54,6 @@ def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(
-        output_folder, "difference_from", lambda *_: ""
-    )  # commands of a page are the same run, said twice
     return home
 
 

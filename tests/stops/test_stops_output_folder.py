@@ -57,6 +57,19 @@ def test_the_same_run_may_be_made_again(make_model, used, caplog):
     assert "holds checkpoint-1 of this run, but training starts from the beginning: to resume" in caplog.text
 
 
+def test_a_precision_that_is_the_default_may_be_written_out(make_model, tmp_path):
+    """As commands do: `trl sft` after the same run in Python."""
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    name, folder = str(tmp_path / "model"), tmp_path / "out"
+    trainer = sft(name, folder)
+    trainer.train()
+    trainer.save_model()
+    sft(name, folder, model_init_kwargs={"dtype": "float32"}).train()
+    with pytest.raises(ConfigError, match="holds another run.*float32.*there.*bfloat16.*here"):
+        sft(name, folder, model_init_kwargs={"dtype": "bfloat16"}).train()
+
+
 OTHERS = {
     "method": lambda make, folder: DPOTrainer(
         make("llama"),
@@ -68,7 +81,12 @@ OTHERS = {
     "rows": lambda make, folder: sft(make("llama"), folder, rows={"text": ["Another.", "And one."]}),
     "option": lambda make, folder: sft(make("llama"), folder, learning_rate=1e-3),
 }
-NAMED = {"method": "SFTTrainer.*DPOTrainer", "adapter": "adapter", "rows": "rows", "option": "learning_rate.*0.001"}
+NAMED = {
+    "method": "SFTTrainer.*DPOTrainer",
+    "adapter": "adapter",
+    "rows": "2 rows there, and others here",
+    "option": "learning_rate.*0.001",
+}
 
 
 @pytest.mark.parametrize("other", OTHERS)

@@ -87,13 +87,20 @@ def constant(value, name):
     return reward
 
 
-def test_the_last_log_has_what_was_measured_since_the_log_before(make_model, tmp_path):
+def test_the_last_step_is_logged_whatever_logging_steps_is(make_model, tmp_path):
     trainer = sft(make_model("llama"), tmp_path, logging_steps=2, max_steps=3)
     trainer.train()
-    first, last = trainer.state.log_history
-    assert first["step"] == 2
-    assert last["step"] == 3
-    assert {"train_loss", "entropy", "mean_token_accuracy", "num_tokens", "step_time"} <= last.keys()
+    first, last, run = trainer.state.log_history
+    assert [first["step"], last["step"], run["step"]] == [2, 3, 3]
+    assert {"loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "step_time"} <= last.keys()
+    assert (2 * first["loss"] + last["loss"]) / 3 == pytest.approx(run["train_loss"])
+
+
+def test_without_logs_the_end_has_what_was_measured(make_model, tmp_path):
+    trainer = sft(make_model("llama"), tmp_path, logging_strategy="no", max_steps=3)
+    trainer.train()
+    (run,) = trainer.state.log_history
+    assert {"train_loss", "entropy", "mean_token_accuracy", "num_tokens", "step_time"} <= run.keys()
 
 
 def test_a_run_that_ends_with_a_log_measures_nothing_twice(make_model, tmp_path):

@@ -127,7 +127,9 @@ def print_overview() -> int:
     from trl.cli.help import console, print_examples, print_head, print_rows, print_title
 
     out = console()
-    print_head(out, "trl COMMAND [--option VALUE …]", "Fine-tune and align language models.")
+    print_head(
+        out, "trl COMMAND [--option VALUE …]", "Fine-tune and align language, vision-language and diffusion models."
+    )
     print_rows(out, "Train", [(each.name, each.summary) for each in methods().values()])
     print_rows(out, "Tools", [(each.name, each.summary) for each in tools().values()])
     print_rows(

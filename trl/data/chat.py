@@ -24,7 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trl.data.formats import Row, is_conversational
 from trl.data.json_text import decoded
-from trl.data.messages import check_contents, contents_as_parts, is_trained, tidy_messages, without_none
+from trl.data.messages import KNOWN_ROLES, check_contents, contents_as_parts, is_trained, tidy_messages, without_none
 from trl.data.shown import ShownCheck
 from trl.data.tool_calls import arguments_as_text, tools_of
 from trl.data.turns import MARK, TEMPLATE_ERRORS, Borders, TurnFinder
@@ -37,6 +37,8 @@ Span = tuple[int, int]
 logger = logging.getLogger(__name__)
 
 _BARE: Row = MappingProxyType({})
+NOT_ASSISTANT = tuple(role for role in KNOWN_ROLES if role != "assistant")
+
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -70,7 +72,7 @@ class ChatTemplate:
         self._shown = ShownCheck(self.name, self.source(tools))
         self._unread: set[str] = set()
         self._say_unread(template_kwargs or {})
-        self._is_open = False
+        self._is_open = self._is_unanswered = False
         self.tokens = tuple(map(str, tokenizer.added_tokens_decoder.values()))
 
     @property
@@ -165,9 +167,20 @@ class ChatTemplate:
                 "assistant_only_loss=True, or remove the key."
             )
         text = self._all_shown(messages, self.render(messages, row)[0], row)
+        self._check_answered(messages)
         if messages[-1].get("role") == "assistant":
             self._check_closed(text)
         return text
+
+    def _check_answered(self, messages: Messages) -> None:
+        """Warn once if a conversation has no message of the assistant: a model would learn from it to write the user's."""
+        if not self._is_unanswered and all(message.get("role") in NOT_ASSISTANT for message in messages):
+            self._is_unanswered = True
+            logger.warning(
+                f"A conversation has no message of the assistant, only of {messages[-1]['role']!r} (the last one begins with "
+                f"{str(messages[-1].get('content'))[:30]!r}): a model learns from it to write such messages. "
+                "assistant_only_loss=True drops such rows."
+            )
 
     def _check_closed(self, answer: str) -> None:
         """Warn once if the template writes no token that ends the assistant's turns."""

@@ -107,7 +107,7 @@ def chosen_fields(text_field: str) -> tuple[str, ...]:
 def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...], ...]], other: str | None) -> str:
     needs = "\n".join(f"  {kind}: {' | '.join(', '.join(n) for n in needed)}" for kind, needed in kinds.items())
     known = {column for alternatives in kinds.values() for needed in alternatives for column in needed}
-    needs += "\nFor texts in another column: dataset_text_field='…'." if "language_modeling" in kinds else ""
+    needs += "\n  texts in another column: dataset_text_field='…'" if "language_modeling" in kinds else ""
     hints = "".join(f" For {name!r}:{suggest(name, known)}" for name in present if suggest(name, known - {name}))
     chat = next((name for name in ("messages", "conversations") if name in present), None)
     if chat is not None and "unpaired_preference" in kinds and "label" in present:
@@ -117,8 +117,8 @@ def _unrecognised(present: list[str], kinds: Mapping[str, tuple[tuple[str, ...],
         )
     elsewhere = "" if other is None else f" They fit the kind {other}, which {_commands(TAKEN_BY[other])}."
     return (
-        f"The dataset's columns {present} do not fit any row kind that is accepted here.{elsewhere} Rename columns "
-        f"(--dataset_rename old=new) or add some; these kinds need\n{needs}\n{hints}".rstrip()
+        f"The dataset's columns {present} do not fit any row kind that is accepted here.{elsewhere}{hints} Rename columns "
+        f"(--dataset_rename old=new) or add some; these kinds need\n{needs}"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from trl.data.messages import ABOUT_MESSAGE, KNOWN_ROLES, REASONING, asks_for_role, reads_key
 from trl.data.tool_calls import tool_names, words_of
-from trl.errors import DataError
+from trl.errors import DataError, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,7 @@ class ShownCheck:
         logger.warning(
             f"Messages have the role {role!r}, which the chat template of {self.name!r} does not know: its name is written "
             "unchanged, and the messages do not count as the assistant's. The roles are system, user, assistant and tool."
+            f"{suggest(str(role), ('system', 'user', 'assistant', 'tool'))}"
         )
 
 

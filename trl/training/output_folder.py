@@ -161,7 +161,10 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if "parameters" in now and then["parameters"] != now["parameters"]:
         return "which trains other parameters: another adapter, or none"
     if then["rows"] and now.get("rows") and then["rows"] != now["rows"]:
-        return f"other rows: {then['rows']['count']:,} there, {now['rows']['count']:,} here"
+        there, here = then["rows"]["count"], now["rows"]["count"]
+        return (
+            f"other rows: {there:,} there, {here:,} here" if there != here else f"{here:,} rows there, and others here"
+        )
     before, after = then["options"], now["options"]
     changed = [f"{k} {before[k]!r} there, {after[k]!r} here" for k in after if k in before and before[k] != after[k]]
     return listed(changed, SHOWN, "; ")

@@ -79,7 +79,15 @@ def _options(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     unlearned = tuple(NOT_LEARNED_FROM.split())
     for name, value in options.items():
         if not name.startswith(unlearned) and name not in WRONG:
-            yield name, json.loads(json.dumps(value, default=str))
+            loading = name == "model_init_kwargs"
+            yield name, json.loads(json.dumps(_with_precision(value or {}) if loading else value, default=str))
+
+
+def _with_precision(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `load_model` with its default precision, which commands write out and scripts mostly leave out."""
+    others = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+    given = kwargs.get("dtype") or kwargs.get("torch_dtype") or "float32"
+    return {**others, "dtype": str(given).removeprefix("torch.")}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, list[int]]:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import IntervalStrategy
 
 from trl.compat import SWEEP
 from trl.errors import ConfigError
@@ -384,6 +385,11 @@ class StepTrainer(ResumableTrainer):
             self._timed_steps += 1
             self._window_started = None
         self._agree()
+        ends = self.state.global_step == self.state.max_steps
+        if (
+            ends and self.args.logging_strategy == IntervalStrategy.STEPS
+        ):  # else the loss of the last steps is in no log
+            self.control.should_log = True
         acts = any(getattr(self.control, name) for name in ("should_log", "should_evaluate", "should_save"))
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if acts:
