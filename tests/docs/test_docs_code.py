@@ -15,28 +15,28 @@ import shlex
 import sys
 import tomllib
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification
 
 from tests.conftest import MODELS, make_tokenizer
+from tests.vision.support import llava
 from trl.cli.commands import methods, tools
 from trl.cli.main import main
+from trl.vision import families
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
     "docs/ppo.md",
-    "docs/coming_from_trlx.md",
     "docs/ddpo.md",
     "docs/diffusion.md",
-    "docs/vision.md",
-    "docs/scaling.md",
 }
-"""Pages whose code is run by other tests, with models of their own kinds: `tests/trlx`, `tests/vision`, files beside this one,
-and `tests/trainers/test_trainers_server.py`."""
+"""Pages whose code is run by the files beside this one, with models of their own kinds."""
 
 PAGES = sorted(
     str(path.relative_to(ROOT))
@@ -45,8 +45,10 @@ PAGES = sorted(
 )
 NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"))
 _BLOCK = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_VARIABLE = re.compile(r"[A-Z_]+=")
+"""The beginning of an assignment before a command."""
 _LANGUAGES = {"python", "bash", "yaml", "jsonl", "json", "text", ""}
-_NOT_RUN = {"pip", "make", "python", "eval", "accelerate", "torchrun", "apt-get"}
+_NOT_RUN = {"pip", "make", "python", "eval", "accelerate", "torchrun", "apt-get", "pytest"}
 """Commands that are looked at and not run."""
 
 
@@ -60,7 +62,8 @@ class Block:
     @property
     def commands(self) -> list[list[str]]:
         lines = self.text.replace("\\\n", " ").splitlines()
-        return [words for line in lines if (words := shlex.split(line, comments=True))]
+        split = (shlex.split(line, comments=True) for line in lines)
+        return [words for line in split if (words := list(dropwhile(_VARIABLE.match, line)))]
 
 
 def blocks_of(page: str) -> list[Block]:
@@ -93,6 +96,7 @@ FILES = {
     * 4,
     "qwen-sft/run.json": [{"log_history": [{"step": 1, "loss": 1.0}], "max_steps": 1}],
     "ratings.jsonl": [{"prompt": "Is it far?", "completion": " Two hours.", "score": 0.5}] * 2,
+    "questions.jsonl": [{"prompt": "Is there a cup?", "image": "table.png", "label": "yes"}] * 2,
 }
 MODEL_NAMES = {
     "Qwen/Qwen2.5-0.5B": "llama",
@@ -101,6 +105,13 @@ MODEL_NAMES = {
     "facebook/opt-125m": "opt",
     "facebook/opt-350m": "opt",
 }
+
+
+SHORT = {
+    '"train.tracker": None': '"train.tracker": None, "train.total_steps": 1, "train.batch_size": 8, "method.num_rollouts": 8, '
+    '"method.chunk_size": 8, "method.gen_kwargs.max_new_tokens": 4, "train.eval_interval": 9'
+}
+"""What stands on a page, and what is run in a test."""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +126,9 @@ def models(tmp_path_factory):
     for name, model in {**made, "lvwerra/distilbert-imdb": sentiment, "org/reward-model": rewards}.items():
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
+    seeing = llava()
+    seeing.model.save_pretrained(folder / "Qwen/Qwen2.5-VL-3B-Instruct")
+    seeing.processor.save_pretrained(folder / "Qwen/Qwen2.5-VL-3B-Instruct")
     return folder
 
 
@@ -131,11 +145,14 @@ def home(models, tmp_path, monkeypatch):
         (tmp_path / file).write_text(
             f"def {name}(completions, **columns):\n    return [-len(c) for c in completions]\n"
         )
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 24), (200, 30, 30)).save(tmp_path / "images" / "table.png")
     (tmp_path / "guidelines.md").write_text("Be fair.")
     (tmp_path / "base.yaml").write_text("learning_rate: 1.0e-5\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"})
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     return tmp_path
 
 
@@ -191,8 +208,8 @@ def check_other(words: list[str]) -> None:
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
-    if words[0] == "python" and words[1].endswith(".py") and "/" in words[1]:
-        assert (ROOT / words[1]).is_file(), words
+    if words[0] in ("python", "pytest") and "/" in words[1]:
+        assert (ROOT / words[1]).exists(), words
 
 
 def write_file(block: Block) -> None:
@@ -222,7 +239,10 @@ def test_a_page_does_what_it_says(page, home):
     names: dict[str, object] = {"__name__": "page"}
     for block in blocks:
         if block.language == "python":
-            exec(compile(block.text, page, "exec"), names)
+            code = block.text
+            for words, short in SHORT.items():
+                code = code.replace(words, short)
+            exec(compile(code, page, "exec"), names)
         elif block.language == "yaml":
             check_yaml(block)
         elif block.language == "bash":
