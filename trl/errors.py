@@ -53,9 +53,15 @@ class EngineError(TrlError):
     """A rollout engine that failed: the server is down, its answer is invalid, or a weight update did not arrive."""
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'a' or 'b'?` from the known names most similar to `name`; empty if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+NEARLY = 0.15
+"""Difference in similarity within which other names are suggested beside the most similar one."""
+
+
+def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """` Did you mean 'a' or 'b'?` from the known names most similar to `name`; empty if the similarity of all is below `cutoff`."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    alike = [difflib.SequenceMatcher(None, other, name).ratio() for other in near]
+    near = [other for other, ratio in zip(near, alike, strict=True) if ratio > alike[0] - NEARLY]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 

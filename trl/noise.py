@@ -24,6 +24,8 @@ LOGGED = {
 
 WARNED = (
     "Setting `save_embedding_layers` to `True`",  # intended: an adapter is saved with an enlarged vocabulary
+    "`torch.distributed.all_gather_into_tensor` is deprecated",  # of torch 2.13, to DeepSpeed, in every step
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "`is_gradient_checkpointing` is deprecated",  # peft reads a property that transformers renamed
 )
 """Beginnings of the warnings that are hidden."""

@@ -132,6 +132,15 @@ def test_refused_words(words, message):
         parse(*words)
 
 
+def test_all_mistakes_of_a_command_line_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse("--lerning_rate", "3", "--steps", "1.5", "--packing", "--schedule", "cosin", "--epoch", "2", "3")
+    count, *mistakes = str(caught.value).splitlines()
+    assert count == "4 mistakes:"
+    named = ("--lerning_rate", "--steps was given '1.5'", "--schedule was given 'cosin'", "--epoch")
+    assert [name in told for name, told in zip(named, mistakes, strict=True)] == [True] * 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

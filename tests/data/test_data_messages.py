@@ -209,7 +209,7 @@ def test_a_conversation_without_an_answer_is_said_once(caplog):
     made = template(CHATML)
     with caplog.at_level(logging.WARNING, "trl"):
         made.whole(said(("user", "Is it far?"), ("assistant", "No.")))
-        assert "assistant_only_loss" not in caplog.text
+        assert not caplog.text
         made.whole(said(("system", "Be brief."), ("user", "Is it far?")))
         made.whole(said(("user", "Is it open?")))
     assert caplog.text.count("no message of the assistant, only of 'user' (the last one begins with 'Is it far?')") == 1

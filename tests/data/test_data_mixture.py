@@ -181,6 +181,7 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_name": ["train.jsonl", "imdb"]}, "to mix datasets, use `datasets`"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"dataset_name": "broken.jsonl"}, "Dataset 'broken.jsonl' cannot be read as rows: "),
+        ({"dataset_name": ["train.jsonl", "others.jsonl"]}, "some of its files have the columns .*, and others do not"),
         ({"dataset_train_split": "tran"}, r"has no split 'tran'. Did you mean 'train'\? Its splits: train."),
         ({"dataset_train_split": "train[2]"}, r"split='train\[2\]' is not a slice: write name\[start:end\]"),
         ({"dataset_train_split": "train[a:]"}, "is not a slice"),
@@ -197,6 +198,7 @@ def test_refused_datasets(tmp_path, arguments, message):
     write(tmp_path / "c.tsv")
     (tmp_path / "notes.md").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": [')
+    (tmp_path / "others.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     with pytest.raises((DataError, ConfigError), match=message):
         load_dataset_argument(ScriptArguments(**{"dataset_name": "train.jsonl", **arguments}))
 

@@ -191,7 +191,7 @@ def test_what_to_go_on_from(run, tmp_path):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     trainer = RUNS["sft"](run, **SAVING)
     trainer.train(resume_from_checkpoint=True)
-    assert [entry["step"] for entry in trainer.state.log_history] == [2, 3]
+    assert [entry["step"] for entry in trainer.state.log_history] == [2, 3, 3]
 
 
 def test_a_finished_run_is_not_trained_further(run):

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,20 +89,26 @@ class OptionParser:
     def _read_words(self, words: list[str], given: ParsedOptions, keep_words: bool, keep_rest: bool) -> dict[str, Any]:
         values: dict[str, Any] = {}
         spelled: dict[str, str] = {}
+        mistakes: list[str] = []
         before = ""
         while words:
             word = words.pop(0)
             name, equals, text = word.removeprefix("--").partition("=")
-            if word.startswith("--"):
-                self._refuse_two_names(f"--{name}", self._today(name), spelled)
-            if word.startswith("--") and self._read_option(name, [text] if equals else None, words, values, given):
-                before = name
-            elif keep_rest or (keep_words and not word.startswith("-")):
-                given.rest.append(word)
-            elif word.startswith("--"):
-                self._refuse_option(name)
-            else:
-                self._refuse_word(word, before)
+            try:
+                if word.startswith("--"):
+                    self._refuse_two_names(f"--{name}", self._today(name), spelled)
+                if word.startswith("--") and self._read_option(name, [text] if equals else None, words, values, given):
+                    before = name
+                elif keep_rest or (keep_words and not word.startswith("-")):
+                    given.rest.append(word)
+                elif word.startswith("--"):
+                    self._refuse_option(name)
+                else:
+                    self._refuse_word(word, before)
+            except ConfigError as error:
+                mistakes.append(str(error))
+                words[:] = dropwhile(lambda each: not each.startswith("--"), words)  # the values of the refused option
+        raise_all(mistakes)
         return values
 
     def _refuse_two_names(self, name: str, today: str | None, spelled: dict[str, str]) -> None:
@@ -183,6 +190,10 @@ class OptionParser:
         name = before.replace("-", "_")
         if name in self.options and word not in self.options:
             raise ConfigError(f"Unexpected {word!r} after --{before}, which takes {self.options[name].kind}.")
+        if not before and Path(word).is_file() and "dataset_name" in self.options:
+            raise ConfigError(
+                f"Unexpected {word!r}: options start with two dashes. Did you mean '--dataset_name {word}'?"
+            )
         if not before and (Path(word).is_dir() or word.count("/") == 1) and "model_name_or_path" in self.options:
             raise ConfigError(
                 f"Unexpected {word!r}: options start with two dashes. Did you mean '--model_name_or_path {word}'?"
@@ -225,11 +236,7 @@ class OptionParser:
         if (tool := tool_of(strange)) is not None:
             listed = "\n".join(counterparts(tool, strange, self.options))
             raise ConfigError(f"{path} is a configuration of {tool.name}. Write its keys as follows:\n{listed}")
-        if len(mistakes) > 1:
-            listed = "\n".join(f"    {each}" for each in mistakes)
-            raise ConfigError(f"{path}: {len(mistakes)} mistakes:\n{listed}")
-        if mistakes:
-            raise ConfigError(f"{path}: {mistakes[0]}")
+        raise_all(mistakes, f"{path}: ")
 
     def _checked(self, key: str, option: Option, value: Any) -> Any:
         """The value of a key in a file. Raises Mismatch with the whole error message."""
@@ -241,6 +248,15 @@ class OptionParser:
             quotes = " Put it in quotes." if "str" in option.kind.scalars and not isinstance(value, list | dict) else ""
             told = f"{key} was given {value!r}, but takes {error}.{quotes}{_nearest(option, str(value))}"
             raise Mismatch(told) from None
+
+
+def raise_all(mistakes: Sequence[str], place: str = "") -> None:
+    """Raise one ConfigError with all mistakes, if there are any."""
+    if len(mistakes) > 1:
+        listed = "\n".join(f"    {each}" for each in mistakes)
+        raise ConfigError(f"{place}{len(mistakes)} mistakes:\n{listed}")
+    if mistakes:
+        raise ConfigError(f"{place}{mistakes[0]}")
 
 
 def _nearest(option: Option, text: str) -> str:

@@ -179,7 +179,7 @@ class ChatTemplate:
             logger.warning(
                 f"A conversation has no message of the assistant, only of {messages[-1]['role']!r} (the last one begins with "
                 f"{str(messages[-1].get('content'))[:30]!r}): a model learns from it to write such messages. "
-                "assistant_only_loss=True drops such rows."
+                "Remove such rows, unless that is meant."
             )
 
     def _check_closed(self, answer: str) -> None:

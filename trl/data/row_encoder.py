@@ -131,8 +131,8 @@ class RowEncoder:
             if s.positions is not None and size > s.positions:
                 raise RowError(
                     columns.rows[k],
-                    f": {size:,} tokens, but the model has {s.positions:,} positions: set max_length to at most {s.positions}, or "
-                    "remove long rows.",
+                    f": {size:,} tokens, but the model has {s.positions:,} positions: set {self._limit} to at most {s.positions}, "
+                    "or remove long rows.",
                 )
             if s.context is not None and len(tree.prompt) >= s.context:
                 raise RowError(
@@ -149,6 +149,11 @@ class RowEncoder:
                     "added, resize it (model.resize_token_embeddings(len(tokenizer)) and save the model); else the tokenizer "
                     "belongs to another model.",
                 )
+
+    @property
+    def _limit(self) -> str:
+        """The option that bounds a row: methods that sample bound the prompt."""
+        return "max_prompt_length" if self.kind == "prompt_only" else "max_length"
 
     def _longest(self, trees: Sequence[Tree], documents: Sequence[Sequence[int]] | None) -> list[int]:
         """Number of tokens of each row's longest sequence: of prompt and completion, or of a packed document."""

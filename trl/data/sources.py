@@ -209,8 +209,13 @@ def _reading_errors(places: Sequence[str], where: Callable[[], str | None]) -> I
 
 def _known_failure(error: Exception) -> str | None:
     """A clearer message for an error of another library whose own message does not help; None for other errors."""
+    from datasets.table import CastError
+
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return "it has no rows."
+    if isinstance(cast := error.__cause__, CastError):
+        some = sorted({*cast.requested_column_names} ^ {*cast.table_column_names})
+        return f"some of its files have the columns {some}, and others do not. Give files with the same columns."
     if "Compression type zstd" in str(error):
         return "files that end with .zst need the package zstandard: pip install zstandard."
     return None

@@ -276,7 +276,7 @@ def explain_missing_tokenizer(name: str) -> Iterator[None]:
             raise
         raise ModelNotFoundError(
             f"{name!r} holds no tokenizer ({TOKENIZER} is missing): save one there (tokenizer.save_pretrained), or "
-            "pass processing_class=tokenizer."
+            "pass processing_class=tokenizer in Python."
         ) from error
 
 

@@ -65,7 +65,8 @@ def check_arguments(
     if missing and columns is not None:
         raise ConfigError(
             f"Reward function {name!r} has the argument {missing[0]!r}, which is not a column of the dataset."
-            f"{suggest(missing[0], known)} It can be passed: {', '.join(known)}."
+            f"{suggest(missing[0], known, cutoff=0.75)} It can be passed: {', '.join(known)}. A column of another name can be "
+            f"renamed (--dataset_rename old={missing[0]})."
         )
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     if not takes_any and not {p.name for p in parameters} & set(samples):

@@ -73,7 +73,6 @@ class RunsLayers(EvaluatingTrainer):
         sees_ahead = self.images is not None and self.images.family.sees_ahead != "causal"
         recomputes = args.gradient_checkpointing and (self.activation_plan is not None or not self.plans_activations())
         reasons = {
-            "a device other than CUDA": not self._is_on_cuda(),
             "FSDP and DeepSpeed": self.is_sharded,
             "attention with masks": inner.config._attn_implementation != VARLEN
             or self.layout == "padded"
@@ -93,9 +92,15 @@ class RunsLayers(EvaluatingTrainer):
         for network in networks:  # graphs of an earlier trainer of this model, with other options
             release(network, for_good=True)
         reason = next((words for words, holds in reasons.items() if holds), None)
+        if args.cuda_graphs and not self._is_on_cuda():
+            raise ConfigError("cuda_graphs=True needs an NVIDIA GPU: leave it out.")
         if args.cuda_graphs and reason is not None:
             raise ConfigError(f"cuda_graphs=True cannot be combined with {reason}: leave one of them out.")
-        if reason is None and (self.captures_by_default() if args.cuda_graphs is None else args.cuda_graphs):
+        if (
+            reason is None
+            and self._is_on_cuda()
+            and (self.captures_by_default() if args.cuda_graphs is None else args.cuda_graphs)
+        ):
             if recomputes:  # without dropout no random state is needed, and it cannot be read during capture
                 args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
             capture_layers(inner)
