@@ -151,6 +151,7 @@ def chat(folder: Path) -> None:
             super().__init__()
             self.out = self.aside = recording()
             self.talks = True
+            self.out.status = Console(file=io.StringIO()).status  # a spinner would leave its frames in the picture
 
         def ask(self, user: str) -> str:
             line = next(lines, "exit")
