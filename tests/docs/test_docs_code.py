@@ -162,7 +162,7 @@ def home(models, tmp_path, monkeypatch):
 def run_command(words: list[str], page: str) -> None:
     """Run a command of `trl` on one process; look at any other.
 
-    On the page of a method it is the run of the Python above it, in the same folder, so that nothing may be shortened.
+    On the pages of methods and the quickstart it is the run of the Python there, in its folder: nothing may be shortened.
     """
     if words[0] != "trl":
         check_other(words)
@@ -174,7 +174,7 @@ def run_command(words: list[str], page: str) -> None:
         and "…" not in words
     ):
         limits = {"--report_to": "none", "--save_strategy": "no"}
-        limits |= {} if page.startswith("docs/methods/") else {"--max_steps": "1"}
+        limits |= {} if page.startswith(("docs/methods/", "docs/quickstart")) else {"--max_steps": "1"}
         given = [word for name, value in limits.items() if name not in words for word in (name, value)]
         assert main([*words[1:], *given]) == 0, words
     elif words[1] in ("check", "preview", "report", "env") or (words[1] == "label" and "--export_to" in words):
