@@ -475,6 +475,18 @@ def test_the_second_encoding_comes_from_the_cache(plain, tmp_path, make):
     assert tokenizer_key(plain) != tokenizer_key(make.tokenizer("chatml"))
 
 
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_warnings_about_rows_come_again_with_the_cache(tmp_path, caplog, make, num_proc):
+    rows = [{"messages": [{"role": "narrator", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 4
+    Dataset.from_list(rows).save_to_disk(tmp_path)
+    dataset = Dataset.load_from_disk(tmp_path)
+    for _ in range(2):
+        caplog.clear()
+        encode_dataset(dataset, make.tokenizer("chatml"), settings=EncodeSettings(num_proc=num_proc))
+        assert caplog.text.count("the role 'narrator'") == 1
+
+
+
 def test_reports_add_up():
     counts = {"tokens": 5, "trained": 2, "long": 1}
     a = EncodingReport("eval", rows_in=2, rows=1, truncated=1, unscored=1, **counts, longest=5, pretrained_length=4)

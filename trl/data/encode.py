@@ -49,6 +49,9 @@ from trl.vision.processing import ImageProcessing
 
 logger = logging.getLogger(__name__)
 
+ROWS_WARNED_OF = 100
+"""Rows that are encoded again, if all come from the cache, for the warnings about them."""
+
 FIRST_ROWS = 1000
 """Number of rows that are inspected to see whether attention masks number the documents of packed rows."""
 ROWS_NAMED = 5
@@ -222,6 +225,9 @@ def _columns(dataset: Dataset | IterableDataset, name: str) -> list[str]:
 
 def _encode_table(dataset: Dataset, encoder: RowEncoder, name: str) -> Encoded:
     encoded, counts = _mapped(dataset, encoder, name)
+    if not encoder.has_run:  # in this process: the rows come from the cache, which has no warnings
+        first = first_rows(dataset, ROWS_WARNED_OF)
+        encoder(first[:], range(len(first)))
     report = EncodingReport.of(counts, name, encoder.settings.pretrained_length)
     report = replace(report, unread=encoder.unread)
     if not report.rows:

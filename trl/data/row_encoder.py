@@ -74,6 +74,7 @@ class RowEncoder:
         self.kept = [name for name in self.columns if name in keep - pictures]
         self.is_masked = self._is_masked()
         self.is_packed = is_packed
+        self.has_run = False
         if is_packed and (settings.encoder_decoder or settings.token_signals or self.kept):
             reads = (
                 "encoder-decoders read"
@@ -92,6 +93,7 @@ class RowEncoder:
         return self.kind in ("stepwise", "dialogue") or chosen_tokens
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
+        self.has_run = True
         given = Columns({n: batch[n] for n in self.columns}, rows, is_packed=self.is_packed, source=self._source())
         columns = given.read()
         for name in NUMBERS & set(self.kept):
