@@ -486,7 +486,6 @@ def test_warnings_about_rows_come_again_with_the_cache(tmp_path, caplog, make, n
         assert caplog.text.count("the role 'narrator'") == 1
 
 
-
 def test_reports_add_up():
     counts = {"tokens": 5, "trained": 2, "long": 1}
     a = EncodingReport("eval", rows_in=2, rows=1, truncated=1, unscored=1, **counts, longest=5, pretrained_length=4)

@@ -68,44 +68,47 @@ class RunsLayers(EvaluatingTrainer):
 
     def _capture_layers(self, inner: PreTrainedModel) -> None:
         """Capture layers as CUDA graphs if possible. Raises ConfigError if `cuda_graphs=True` and it is not possible."""
-        args, checkpointing = self.args, self.args.gradient_checkpointing_kwargs or {}
-        networks, head = networks_of(self.model), dict(self.model.named_children()).get("v_head")
-        sees_ahead = self.images is not None and self.images.family.sees_ahead != "causal"
+        args, on_cuda = self.args, self._is_on_cuda()
         recomputes = args.gradient_checkpointing and (self.activation_plan is not None or not self.plans_activations())
+        for network in networks_of(self.model):  # graphs of an earlier trainer of this model, with other options
+            release(network, for_good=True)
+        if args.cuda_graphs and not on_cuda:
+            raise ConfigError("cuda_graphs=True needs CUDA, on an NVIDIA GPU: leave it out.")
+        reason = self._rules_graphs_out(inner, recomputes)
+        if args.cuda_graphs and reason is not None:
+            raise ConfigError(f"cuda_graphs=True cannot be combined with {reason}: leave one of them out.")
+        wanted = self.captures_by_default() if args.cuda_graphs is None else args.cuda_graphs
+        if not (wanted and on_cuda) or reason is not None:
+            return
+        if recomputes:  # without dropout no random state is needed, and it cannot be read during capture
+            args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
+        capture_layers(inner)
+        for other in self._also_reading():
+            capture_as(other, inner)
+
+    def _rules_graphs_out(self, inner: PreTrainedModel, recomputes: bool) -> str | None:
+        """An option or property of the model that CUDA graphs cannot be combined with; None if there is none."""
+        args, family = self.args, None if self.images is None else self.images.family
+        looks_ahead = family is not None and family.sees_ahead != "causal"
+        has_masks = inner.config._attn_implementation != VARLEN or self.layout == "padded" or looks_ahead
+        quantised, in_4_bits = getattr(inner, "hf_quantizer", None), vars(inner).get("is_loaded_in_4bit")
+        recomputes_dropout = recomputes and any(map(has_dropout, networks_of(self.model)))
+        head = dict(self.model.named_children()).get("v_head")
         reasons = {
             "FSDP and DeepSpeed": self.is_sharded,
-            "attention with masks": inner.config._attn_implementation != VARLEN
-            or self.layout == "padded"
-            or sees_ahead,
-            "quantised weights other than those in 4 bits of bitsandbytes": getattr(inner, "hf_quantizer", None)
-            is not None
-            and not vars(inner).get("is_loaded_in_4bit"),  # 8-bit kernels tell the host whether there are outliers
+            "attention with masks": has_masks,
+            # Kernels for 8 bits tell the host whether there are outliers.
+            "quantised weights other than those in 4 bits of bitsandbytes": quantised is not None and not in_4_bits,
             "the load-balancing loss of experts": self.term is not None,
             "num_value_layers": isinstance(head, ValueBranch),  # which reads a lower layer by a hook
             "a rotary embedding that depends on lengths": bool(length_dependent(inner.config)),
             "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "activation_offloading": args.activation_offloading,
             "use_liger_kernel": args.use_liger_kernel,  # replays of its layers give different results, as seen on an H200
-            "dropout in checkpointed layers": recomputes and any(map(has_dropout, networks)),
-            "reentrant checkpointing": checkpointing.get("use_reentrant", False),
+            "dropout in checkpointed layers": recomputes_dropout,
+            "reentrant checkpointing": (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False),
         }
-        for network in networks:  # graphs of an earlier trainer of this model, with other options
-            release(network, for_good=True)
-        reason = next((words for words, holds in reasons.items() if holds), None)
-        if args.cuda_graphs and not self._is_on_cuda():
-            raise ConfigError("cuda_graphs=True needs an NVIDIA GPU: leave it out.")
-        if args.cuda_graphs and reason is not None:
-            raise ConfigError(f"cuda_graphs=True cannot be combined with {reason}: leave one of them out.")
-        if (
-            reason is None
-            and self._is_on_cuda()
-            and (self.captures_by_default() if args.cuda_graphs is None else args.cuda_graphs)
-        ):
-            if recomputes:  # without dropout no random state is needed, and it cannot be read during capture
-                args.set_checkpointing(use_reentrant=False, preserve_rng_state=False)
-            capture_layers(inner)
-            for other in self._also_reading():
-                capture_as(other, inner)
+        return next((words for words, holds in reasons.items() if holds), None)
 
     def _also_reading(self) -> list[PreTrainedModel]:
         """Other models that run on the policy's batches: a value network, a reference."""
