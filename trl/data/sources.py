@@ -213,7 +213,8 @@ def _known_failure(error: Exception) -> str | None:
 
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return "it has no rows."
-    if isinstance(cast := error.__cause__, CastError):
+    causes = (error.__cause__, error.__context__)  # datasets 4 raises another error from None
+    if (cast := next((each for each in causes if isinstance(each, CastError)), None)) is not None:
         some = sorted({*cast.requested_column_names} ^ {*cast.table_column_names})
         return f"some of its files have the columns {some}, and others do not. Give files with the same columns."
     if "Compression type zstd" in str(error):
