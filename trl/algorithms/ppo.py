@@ -92,7 +92,7 @@ class PPOOptions:
     """Clip scores to ± this, after scaling. None: no clipping."""
 
     ratio_threshold: float = 10
-    """Skip mini-batches whose mean probability ratio is above this."""
+    """Skip micro-batches whose mean probability ratio is above this. A mini-batch is one micro-batch unless it has to be split."""
 
 
 @dataclass(kw_only=True)
