@@ -69,7 +69,7 @@ def served(request, tmp_path_factory):
         program.wait(60)
 
 
-@pytest.mark.filterwarnings("ignore:http.* tells:UserWarning")
+@pytest.mark.filterwarnings("ignore:http.* returns:UserWarning")
 def test_images(tmp_path):
     """The server starts with other weights. vLLM needs torchvision for models that read images."""
     models = [reader("llava", seed, tmp_path / f"model-{seed}") for seed in (1, 2, 3)]
@@ -145,7 +145,7 @@ def test_a_seed_gives_the_same_samples(engine):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.filterwarnings("ignore:http.* tells:UserWarning")
+@pytest.mark.filterwarnings("ignore:http.* returns:UserWarning")
 def test_the_table_of_modes(engine, options):
     """Where the engine says that numbers are the policy's, they are; elsewhere they are off."""
     model = llama(3)
