@@ -85,9 +85,8 @@ class Captured:
         with ExitStack() as hooks, torch.autocast(self.grad.device.type, enabled=False):
             for p in self.learned:
                 hooks.enter_context(p.register_hook(self.gradients.buffers[p].add_))
-            self.source_grads = torch.autograd.grad(self.hidden, [*self.sources, *self.learned], self.grad)[
-                : len(self.sources)
-            ]
+            found = torch.autograd.grad(self.hidden, [*self.sources, *self.learned], self.grad)
+        self.source_grads = found[: len(self.sources)]
 
     # ---- replay ----
 
@@ -155,9 +154,10 @@ class Pending:
 class Replayed(torch.autograd.Function):
     """Hidden states `[B,T,H]` of a replay; its backward replays as well, and adds to the weights' gradients itself.
 
-    `tensors` are the inputs that need a gradient, which is returned, and weights. In several processes the weights are arguments whose gradients are returned as None. Autograd then visits their
-    gradient accumulators once the replay has run, and the hooks that DDP has there reduce what was added. (In one process
-    the weights are no arguments, so that the gradient of a tied head is accumulated at once and not held until then.)
+    `tensors` are the inputs that need a gradient, which is returned, and in several processes the weights, whose gradients
+    are returned as None. Autograd then visits the weights' gradient accumulators once the replay has run, and the hooks that
+    DDP has there reduce what was added. (In one process the weights are no arguments, so that the gradient of a tied head is
+    accumulated at once and not held until then.)
     """
 
     @staticmethod

@@ -385,11 +385,9 @@ class StepTrainer(ResumableTrainer):
             self._timed_steps += 1
             self._window_started = None
         self._agree()
-        ends = self.state.global_step == self.state.max_steps
-        if (
-            ends and self.args.logging_strategy == IntervalStrategy.STEPS
-        ):  # else the loss of the last steps is in no log
-            self.control.should_log = True
+        is_last = self.state.global_step == self.state.max_steps
+        # Without this, the loss of steps after the last multiple of logging_steps would be in no log.
+        self.control.should_log |= is_last and self.args.logging_strategy == IntervalStrategy.STEPS
         acts = any(getattr(self.control, name) for name in ("should_log", "should_evaluate", "should_save"))
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if acts:
