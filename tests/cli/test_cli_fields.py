@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from trl.cli import source
-from trl.cli.commands import load, methods
+from trl.cli.commands import load, methods, tools
 from trl.cli.fields import REQUIRED, aliases_in_source, merge_options, options_in_source, options_of
 from trl.cli.source import COMPUTED
 from trl.cli.themes import by_theme, is_common
@@ -172,3 +172,15 @@ def test_themes_hold_every_option_once():
     common = {o.name for o in options if is_common(o)}
     assert {"dataset_name", "use_peft", "loss_type", "learning_rate"} <= common
     assert not {"ddp_timeout", "adam_beta1"} & common
+
+
+def test_options_of_a_method_come_before_those_that_trainers_share():
+    order = [option.name for option in by_theme(methods()["grpo"].options())["Method"]]
+    assert order.index("beta") < order.index("zero_variance") < order.index("sync_ref_model")
+    assert next(iter(by_theme(tools()["check"].known_options()))) == "Check"
+
+
+def test_names_of_the_classic_loop_are_in_the_whole_help_alone():
+    options = methods()["ppo"].options()
+    assert not {"model_name", "reward_model", "query_dataset"} & {o.name for o in options if is_common(o)}
+    assert {"batch_size", "init_kl_coef"} <= {o.name for o in options if is_common(o)}

@@ -273,6 +273,13 @@ METHODS = (
 
 TOOLS = (
     Tool(
+        "check",
+        "trl.cli.check:run",
+        "Show what a training command would do: rows, plan, memory, rewards.",
+        options=("trl.cli.check:CheckArguments",),
+        method=METHODS[0],
+    ),
+    Tool(
         "preview",
         "trl.cli.preview:run",
         "Show rows as the model sees them: which tokens are trained on, and which are masked.",
@@ -304,6 +311,26 @@ TOOLS = (
         ),
     ),
     Tool(
+        "merge",
+        "trl.cli.merge:run",
+        "Merge an adapter into its base model, and save it with the tokenizer and any value head.",
+        options=("trl.cli.merge:MergeArguments", MODEL),
+        examples=(
+            "--model_name_or_path qwen-sft --output_dir qwen-sft-merged",
+            "--model_name_or_path Qwen/Qwen2.5-0.5B --adapter_name_or_path me/qwen-sft --output_dir merged --dtype bfloat16",
+        ),
+        unread=(*TRAINED, "attn_implementation", "load_in_", "bnb_", "use_bnb_"),
+    ),
+    Tool(
+        "report",
+        "trl.cli.report:run",
+        "Write an HTML page about a run, or several: curves, samples, settings.",
+        options=("trl.cli.report:ReportArguments",),
+        examples=("opt-sft-imdb", "opt-sft-imdb --watch", "beta-0.1 beta-0.5 --output betas.html"),
+        usage="RUN [RUN …]",
+        operands=math.inf,
+    ),
+    Tool(
         "label",
         "trl.cli.label.command:run",
         "Rate, compare or correct completions on a local web page, and save them as a dataset.",
@@ -316,17 +343,6 @@ TOOLS = (
         ),
         usage="[FILE]",
         operands=1,
-    ),
-    Tool(
-        "merge",
-        "trl.cli.merge:run",
-        "Merge an adapter into its base model, and save it with the tokenizer and any value head.",
-        options=("trl.cli.merge:MergeArguments", MODEL),
-        examples=(
-            "--model_name_or_path qwen-sft --output_dir qwen-sft-merged",
-            "--model_name_or_path Qwen/Qwen2.5-0.5B --adapter_name_or_path me/qwen-sft --output_dir merged --dtype bfloat16",
-        ),
-        unread=(*TRAINED, "attn_implementation", "load_in_", "bnb_", "use_bnb_"),
     ),
     Tool(
         "serve",
@@ -346,15 +362,6 @@ TOOLS = (
         hands_on=True,
     ),
     Tool(
-        "report",
-        "trl.cli.report:run",
-        "Write an HTML page about a run, or several: curves, samples, settings.",
-        options=("trl.cli.report:ReportArguments",),
-        examples=("opt-sft-imdb", "opt-sft-imdb --watch", "beta-0.1 beta-0.5 --output betas.html"),
-        usage="RUN [RUN …]",
-        operands=math.inf,
-    ),
-    Tool(
         "sweep",
         "trl.cli.sweep:run",
         "Run a script's main(hparams) with many settings, on Ray Tune or one after another, and compare.",
@@ -362,13 +369,6 @@ TOOLS = (
         examples=("rates.py --config sweep.yaml", "rates.py --config sweep.yaml --sequential"),
         usage="SCRIPT.py",
         operands=1,
-    ),
-    Tool(
-        "check",
-        "trl.cli.check:run",
-        "Show what a training command would do: rows, plan, memory, rewards.",
-        options=("trl.cli.check:CheckArguments",),
-        method=METHODS[0],
     ),
     Tool(
         "demo",

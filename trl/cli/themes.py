@@ -20,7 +20,7 @@ THEMES: dict[str, str] = {
     """,
     "Data": """
         dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming dataset_columns
-        datasets streaming test_split_size probabilities stopping_strategy
+        dataset_rename datasets streaming test_split_size probabilities stopping_strategy
         dataset_text_field dataset_kwargs dataset_num_proc shuffle_dataset max_length max_prompt_length
         max_completion_length truncation_mode packing packing_strategy eval_packing padding_free pad_to_multiple_of
         chat_template_path chat_template_kwargs pad_token eos_token completion_only_loss assistant_only_loss
@@ -38,16 +38,26 @@ THEMES: dict[str, str] = {
         bnb_4bit_compute_dtype
     """,
     "Generation": """
-        max_new_tokens do_sample temperature top_k top_p min_p repetition_penalty stop
+        max_new_tokens min_new_tokens do_sample temperature top_k top_p min_p repetition_penalty stop stop_strings
+        generation_kwargs
     """,
-    "Rewards": "reward_funcs reward_model_name_or_path reward_weights",
+    "Rewards": """
+        reward_funcs reward_model_name_or_path reward_weights multi_objective_aggregation reward_timeout on_reward_error
+        ui
+    """,
     "Method": "",
     "Optimisation": """
         learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
         lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
         adam_beta1 adam_beta2 adam_epsilon max_grad_norm max_skipped_steps label_smoothing_factor
         neftune_noise_alpha seed data_seed full_determinism average_tokens_across_devices auto_find_batch_size
-        train_sampling_strategy
+        train_sampling_strategy router_aux_loss_coef
+    """,
+    "Images": "max_pixels min_pixels image_folder image_features_mb adapted_part",
+    "vLLM and servers": """
+        use_vllm vllm_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+        vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size vllm_model_impl
+        vllm_enable_sleep_mode vllm_structured_outputs_regex rollout_sync rollout_sync_dir rollout_request_timeout
     """,
     "Evaluation": """
         eval_strategy eval_steps eval_delay eval_on_start eval_samples eval_samples_max_new_tokens
@@ -56,7 +66,8 @@ THEMES: dict[str, str] = {
         do_predict eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics
     """,
     "Logging": """
-        logging_steps logging_strategy logging_first_step logging_dir report_to run_name project disable_tqdm
+        logging_steps logging_strategy logging_first_step logging_dir report_to run_name project disable_tqdm html_report
+        log_completions num_completions_to_print log_unique_prompts log_completions_hub_repo
         trackio_space_id trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen log_level
         log_level_replica log_on_each_node logging_nan_inf_filter skip_memory_metrics debug
     """,
@@ -68,7 +79,7 @@ THEMES: dict[str, str] = {
     "Hardware": """
         num_processes accelerate_config dry_run
         bf16 fp16 tf32 gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
-        activation_checkpointing_kwargs bf16_full_eval fp16_full_eval use_cpu deepspeed fsdp fsdp_config
+        activation_checkpointing_kwargs activation_offloading bf16_full_eval fp16_full_eval use_cpu deepspeed fsdp fsdp_config
         accelerator_config parallelism_config torch_compile torch_compile_backend torch_compile_mode cuda_graphs
         torch_empty_cache_steps dataloader_num_workers dataloader_drop_last dataloader_pin_memory
         dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
@@ -88,25 +99,32 @@ _COMMON = """
     bf16 fp16 gradient_checkpointing use_cpu deepspeed fsdp torch_compile
 """
 COMMON = frozenset(_COMMON.split())
-"""Options of `transformers.TrainingArguments` that the short help shows. It shows all options of trl's own classes."""
+"""Options of `transformers.TrainingArguments` that the short help shows."""
+
+_RARE = """
+    exp_name log_with task_name model_name query_dataset reward_model tracker_kwargs accelerator_kwargs project_kwargs
+    tracker_project_name push_to_hub_if_best_kwargs compare_steps steps forward_batch_size optimize_device_cache
+    remove_unused_columns
+"""
+RARE = frozenset(_RARE.split())
+"""Options of trl's own classes that the short help does not show: those that only scripts of the classic PPO loop use."""
 
 _PLACE = {name: (title, i) for title, names in THEMES.items() for i, name in enumerate(names.split())}
-_UNLISTED = 1000
 
 
 def by_theme(options: Sequence[Option]) -> dict[str, list[Option]]:
-    """Group options by heading, in the order shown: first the most used of a training command, or a tool's own options.
+    """Group options by heading, in the order shown: a tool's own options, the most used of a training command, the others.
 
     An option that no theme lists is shown under "Other" if `transformers` declares it, under "Method" if a trainer
-    does, and under the name of its class otherwise.
+    does, and under the name of its class otherwise. Those of a derived class come before those of its bases.
     """
     names = {option.name for option in options}
-    training = "learning_rate" in names
-    first = [name for name in _FIRST.split() if name in names][:FIRST] if training else []
+    first = [name for name in _FIRST.split() if name in names][:FIRST] if "learning_rate" in names else []
     top = {name: (MOST_USED, i) for i, name in enumerate(first)}
-    places = {o.name: top.get(o.name) or _PLACE.get(o.name, (_home(o), _UNLISTED)) for o in options}
+    last = {option.owner: i for i, option in enumerate(options)}
+    places = {o.name: top.get(o.name) or _PLACE.get(o.name, (_home(o), -last[o.owner])) for o in options}
     own = [title for title, _ in places.values() if title not in THEMES]
-    titles = dict.fromkeys([MOST_USED, *THEMES, *own] if training else [*own, *THEMES])
+    titles = dict.fromkeys([*own, MOST_USED, *THEMES])
     grouped = {
         title: sorted((o for o in options if places[o.name][0] == title), key=lambda o: places[o.name][1])
         for title in titles
@@ -122,6 +140,6 @@ def _home(option: Option) -> str:
 
 def is_common(option: Option) -> bool:
     """True if the short help shows the option."""
-    if option.help.startswith("Not available"):
+    if option.help.startswith(("Not available", "Not needed")):
         return False
-    return option.name in COMMON or option.owner != "TrainingArguments"
+    return option.name in COMMON or (option.owner != "TrainingArguments" and option.name not in RARE)
