@@ -98,6 +98,18 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
     smooths_labels: ClassVar[bool] = False
     """Whether the trainer's loss reads `label_smoothing_factor`."""
 
+    output_dir: str | None = None
+    """Folder for the model, its checkpoints and the report. None: `trainer_output`."""
+
+    max_steps: int = -1
+    """Number of optimizer steps, in place of `num_train_epochs`; needed for streamed rows. −1: as many as the epochs have."""
+
+    gradient_accumulation_steps: int = 1
+    """Number of batches of `per_device_train_batch_size` rows that each device contributes to an optimizer step."""
+
+    save_steps: float = 500
+    """Write a checkpoint every so many optimizer steps; a number below 1 is a fraction of all steps."""
+
     learning_rate: float = 2e-5
     """Peak learning rate, which is reached at the end of warm-up."""
 
