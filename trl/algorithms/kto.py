@@ -78,7 +78,7 @@ class RewardShift:
 
     @classmethod
     def start(cls, device: torch.device | str = "cpu") -> RewardShift:
-        return cls(*torch.zeros(4, device=device).unbind())
+        return cls(*torch.zeros(4, dtype=torch.float64, device=device).unbind())
 
     @torch.no_grad()
     def update(self, rewards: Tensor, desirable: Tensor) -> RewardShift:

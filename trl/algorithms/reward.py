@@ -46,7 +46,7 @@ def regression(rewards: Tensor, score: Tensor) -> Tensor:
 def step_binary(rewards: Tensor, label: Tensor) -> Tensor:
     """Binary cross-entropy of "this step is right", from logits r and labels y in [0, 1]; `[N,C]` each.
 
-    Process supervision, arXiv:2305.20050; soft labels as in Math-Shepherd, arXiv:2312.08935, Eq. 1.
+    Process supervision, arXiv:2305.20050; Math-Shepherd, arXiv:2312.08935, Eq. 2, with soft labels as in its Eq. 4.
     """
     return F.binary_cross_entropy_with_logits(rewards, label, reduction="none")
 

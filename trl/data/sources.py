@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from trl.counts import counted
 from trl.data.file_checks import check_letters, check_table, where_json_breaks
 from trl.data.renaming import pairs_of, renamed
-from trl.errors import ConfigError, DataError, suggest
+from trl.errors import ConfigError, DataError, listed, suggest
 from trl.option_names import OptionNames
 
 if TYPE_CHECKING:
@@ -232,9 +232,9 @@ def _say_unread_files(folder: Path, splits: Splits) -> None:
     files = [path.name for path in sorted(folder.rglob("*")) if path.name not in described]
     others = [name for name in files if _builder(name) not in (None, read, "text")]
     if others:
-        shown = ", ".join(others[:FILES_NAMED]) + (", …" if len(others) > FILES_NAMED else "")
         logger.warning(
-            f"In {str(folder)!r} only the {read} files are read, but not {shown}: to read those, give their names."
+            f"In {str(folder)!r} only the {read} files are read, but not {listed(others, FILES_NAMED)}: to read those, give "
+            "their names."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from trl.errors import ConfigError, ModelError, ModelNotFoundError, TrlError, suggest
+from trl.errors import ConfigError, ModelError, ModelNotFoundError, TrlError, listed, suggest
 from trl.imports import require
 from trl.models.adapters import HEADS, thaw, trains
 from trl.models.attention_packages import check_attention
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer_config.json"
 PROCESSOR = "processor_config.json"
+
+SHOWN = 3
+"""Number of layers that an error names."""
 
 NUMBERED = re.compile(r"(?:layers?|h|blocks?)\.(\d+)\.")
 """Matches the number of the layer in a parameter's name."""
@@ -144,8 +147,9 @@ def check_layers(
         )
     if missing:
         raise ModelError(
-            f"The weights of {name!r} lack {len(missing)} parameters of {type(model).__name__} ({_some(missing)}), which would be "
-            "initialised randomly. The weights do not match config.json, or were saved without a head: name another model."
+            f"The weights of {name!r} lack {len(missing)} parameters of {type(model).__name__} "
+            f"({listed(sorted(missing), SHOWN)}), which would be initialised randomly. The weights do not match "
+            "config.json, or were saved without a head: name another model."
         )
     text = model.config.get_text_config()
     known = None if vars(text).get("num_nextn_predict_layers") else vars(text).get("num_hidden_layers")
@@ -153,12 +157,8 @@ def check_layers(
     if extra:
         raise ModelError(
             f"The weights of {name!r} hold layers that its config.json does not have (num_hidden_layers={known}): "
-            f"{_some(extra)}. They would be dropped: correct config.json, or name another model."
+            f"{listed(sorted(extra), SHOWN)}. They would be dropped: correct config.json, or name another model."
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def mend_generation_config(model: torch.nn.Module) -> None:

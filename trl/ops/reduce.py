@@ -2,7 +2,7 @@
 
     loss = Σ_n Σ_t weight[n,t] · loss[n,t],      Σ weight = 1 over the accumulation window and all processes
 
-"token", "sequence" and "constant" averaging differ in the weights: see `WEIGHTS`.
+"token" and "sequence" averaging differ in the weights: see `WEIGHTS`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ def _sequence(mask: Tensor) -> Tensor:
     return mask / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"token": _token, "sequence": _sequence, "constant": _token}
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"token": _token, "sequence": _sequence}
 """Unnormalised weights `[N,C]` from a mask `[N,C]`.
 
 "token": the mean over all scored tokens of the window. "sequence": the mean over completions of the mean over their tokens.
-"constant": the sum over tokens, divided by a fixed number in place of the number of tokens (Dr. GRPO, arXiv:2503.20783,
-Eq. 3).
 """

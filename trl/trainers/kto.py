@@ -170,8 +170,7 @@ class KTOTrainer(PreferenceTrainer):
     @cached_property
     def _totals(self) -> dict[str, RewardShift]:
         """Sums over rewards: `all` seen so far, and `new` ones of this process since the processes last added theirs up."""
-        zero = torch.zeros(4, dtype=torch.float64, device=self.args.device)
-        return {"all": RewardShift(*zero.unbind()), "new": RewardShift(*zero.unbind())}
+        return {"all": RewardShift.start(self.args.device), "new": RewardShift.start(self.args.device)}
 
     def _count_rewards(self, metrics: Metrics, desirable: Tensor) -> None:
         rewards = torch.where(desirable, metrics["rewards/chosen"], metrics["rewards/rejected"])
@@ -181,7 +180,7 @@ class KTOTrainer(PreferenceTrainer):
         """Add the new rewards of all processes to the totals, and return the totals."""
         new = torch.stack(astuple(self._totals["new"]))
         total = torch.stack(astuple(self._totals["all"])) + self._gather(new[None]).sum(0)
-        self._totals |= {"all": RewardShift(*total.unbind()), "new": RewardShift(*torch.zeros_like(new).unbind())}
+        self._totals |= {"all": RewardShift(*total.unbind()), "new": RewardShift.start(self.args.device)}
         return self._totals["all"]
 
     def prepare_model(self) -> None:
@@ -194,7 +193,7 @@ class KTOTrainer(PreferenceTrainer):
 
     def rollback_metrics(self) -> None:
         super().rollback_metrics()
-        self._totals["new"] = RewardShift(*torch.zeros_like(torch.stack(astuple(self._totals["new"]))).unbind())
+        self._totals["new"] = RewardShift.start(self.args.device)
 
     # ---- what is reported ----
 
