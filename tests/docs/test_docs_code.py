@@ -265,14 +265,18 @@ def test_a_notebook_runs(path, home, monkeypatch):
 # ---- words ----
 
 
-def test_messages_of_the_troubleshooting_page_are_in_the_source():
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+_QUOTED = re.compile(r"^> (.+)$|^\| (?:[^|]*; )?\"([^|\"]+ [^|\"]+)\" \|", re.MULTILINE)
+"""A message on a line of its own, or in the first column of a table of remedies."""
+
+
+def test_messages_that_pages_quote_are_in_the_source():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl").rglob("*.py"))
     joined = re.sub(r'"\s*\n\s*f?"', "", source)
-    quoted = [message for message in re.findall(r"^> (.+)$", page, re.MULTILINE) if message != "CUDA out of memory"]
-    assert len(quoted) > 20
+    quoted = {match[1] or match[2] for match in _QUOTED.finditer(pages)} - {"CUDA out of memory"}
+    assert len(quoted) > 25
     for message in quoted:
-        for part in filter(None, map(str.strip, message.split("…"))):
+        for part in filter(None, map(str.strip, re.split(r"…|\b\d+\b", message))):
             assert part in joined, message
 
 
