@@ -293,3 +293,10 @@ def test_an_unknown_penalty():
 def test_a_missing_signal():
     with pytest.raises(DataError, match="kl_penalty='full' needs the signal 'full_kl'"):
         PPO(kl_penalty="full").advantages(experience())
+
+
+@pytest.mark.parametrize("options", [{"cliprange": -0.2}, {"gamma": 1.5}, {"use_score_norm": True}])
+def test_options_out_of_range(options):
+    """Also of an algorithm that no configuration has made, as for `OnlineTrainer`."""
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        PPO(**options)

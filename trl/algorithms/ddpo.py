@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k2, log_ratio
 from trl.errors import ConfigError
+from trl.ops.shapes import shapes
 from trl.option_bounds import check_bounds
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
@@ -63,6 +64,7 @@ class DDPO(Algorithm):
         return -clipped_surrogate(ratios, advantages, **bounds), metrics
 
 
+@shapes(rewards="N")
 def standardized(rewards: Tensor) -> Tensor:
     """(r − mean) / (std + 1e-8) of `rewards [N]`."""
     exact = rewards.double()

@@ -18,6 +18,7 @@ from trl.ops.shapes import shapes
 SMALLEST_ERROR = 1e-5
 
 
+@shapes(advantages="N")
 def optimality(advantages: Tensor, *, bound: float) -> Tensor:
     """Optimality r = ½ + clip(A, −c, c) / 2c, `[N]` in [0, 1], from advantages A `[N]`; `bound` is c."""
     if not bound > 0:

@@ -22,8 +22,10 @@ from trl.algorithms.kl_control import AdaptiveKL, KLController
 from trl.algorithms.moments import RunningMoments
 from trl.algorithms.policy_gradient import clipped_surrogate, is_clipped, k1, k2, log_ratio, ratio
 from trl.algorithms.signals import required
+from trl.errors import ConfigError
 from trl.ops.reduce import at_last, masked_mean, masked_whiten
 from trl.ops.shapes import shapes
+from trl.option_bounds import check_bounds
 from trl.option_types import check_choices
 from trl.types import Algorithm, Experience, Learnable, Metrics, Scores
 
@@ -114,6 +116,9 @@ class PPO(PPOOptions, Algorithm):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_bounds(self)
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ConfigError("use_score_norm=True works only with scaled scores: set use_score_scaling=True as well.")
 
     # ---- state ----
 

@@ -33,6 +33,7 @@ def gaussian_kl(mean: Tensor, other_mean: Tensor, sd: Tensor) -> Tensor:
     return 0.5 * z.square().flatten(1).mean(1)
 
 
+@shapes(sd="M")
 def gaussian_entropy(sd: Tensor) -> Tensor:
     """Entropy per dimension of N(·, sd²), in nats, `[M]` from `sd [M]` > 0."""
     return sd.float().log() + HALF_LOG_2_PI + 0.5

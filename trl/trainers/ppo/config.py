@@ -156,8 +156,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
         self._read_accelerator_kwargs()
         self._size_batches()
         super().__post_init__()
-        if self.use_score_norm and not self.use_score_scaling:
-            raise ConfigError("use_score_norm=True works only with scaled scores: set use_score_scaling=True as well.")
+        self.make_algorithm()
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ConfigError('push_to_hub_if_best_kwargs needs a "repo_id" to upload to.')
 
