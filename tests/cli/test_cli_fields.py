@@ -11,6 +11,7 @@ from trl.cli.fields import REQUIRED, aliases_in_source, merge_options, options_i
 from trl.cli.source import COMPUTED
 from trl.cli.themes import by_theme, is_common
 from trl.option_types import OptionType
+from trl.trainers.diffusion.config import OF_LANGUAGE
 
 REFERENCES = sorted({reference for method in methods().values() for reference in method.argument_classes})
 
@@ -184,3 +185,10 @@ def test_names_of_the_classic_loop_are_in_the_whole_help_alone():
     options = methods()["ppo"].options()
     assert not {"model_name", "reward_model", "query_dataset"} & {o.name for o in options if is_common(o)}
     assert {"batch_size", "init_kl_coef"} <= {o.name for o in options if is_common(o)}
+
+
+def test_help_of_diffusion_models_has_no_option_that_they_refuse():
+    refused = {*OF_LANGUAGE, "load_in_4bit", "attn_implementation", "deepspeed"} - {"image_folder"}
+    for name in ("ddpo", "diffusion-grpo", "diffusion-nft", "diffusion-dpo"):
+        assert not refused & {option.name for option in methods()[name].shown()}
+    assert refused <= {option.name for option in methods()["ddpo"].options()}

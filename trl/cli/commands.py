@@ -40,6 +40,7 @@ class Method:
     example     example arguments for the help screen
     extra       dataclass with further options (of rewards, for instance); its `keywords` are passed to the trainer
     check       function `(run) -> exit status` that implements `trl check` for this method
+    unread      prefixes of options that are errors with this method, so that the help leaves them out
     """
 
     name: str
@@ -48,6 +49,7 @@ class Method:
     example: str
     extra: str | None = None
     check: str = "trl.cli.check:check"
+    unread: tuple[str, ...] = ()
 
     @property
     def config(self) -> str:
@@ -62,6 +64,10 @@ class Method:
         """The command's options, and those of the dataclasses `more`."""
         return merge_options(*map(options_in_source, (*more, self.config, *self.argument_classes)))
 
+    def shown(self, *more: str) -> list[Option]:
+        """The options that the help shows."""
+        return [option for option in self.options(*more) if not option.name.startswith(self.unread)]
+
     def parser(self, *more: str) -> OptionParser:
         return OptionParser(self.options(*more), aliases_of_all(self.argument_classes))
 
@@ -70,6 +76,16 @@ def aliases_of_all(references: Sequence[str]) -> dict[str, str]:
     """Map old names of options to current ones, for several dataclasses."""
     return {old: new for each in references for old, new in aliases_in_source(each).items()}
 
+
+QUANTISED = ("load_in_", "bnb_", "use_bnb_")
+"""Prefixes of the model options for quantised weights."""
+_OF_LANGUAGE = """
+    attn_implementation adapter_name_or_path reward_model_name_or_path chat_template_path pad_token eos_token
+    dataset_num_proc max_tokens_per_micro_batch trust_remote_code disable_dropout layout pad_to_multiple_of max_pixels
+    min_pixels image_features_mb adapted_part activation_offloading cuda_graphs router_aux_loss_coef fsdp deepspeed
+"""
+OF_LANGUAGE = (*QUANTISED, *_OF_LANGUAGE.split())
+"""Prefixes of the options that trainers of diffusion models refuse."""
 
 TRAINED = ("use_peft", "lora_", "use_rslora", "use_dora")
 """Prefixes of the model options that only training uses."""
@@ -147,7 +163,8 @@ class Tool:
         examples = [f"{self.method.example} --rows 5"] if self.method else self.examples
         usage = f"{name} {self.usage}".rstrip()
         shown = [f"{name} {example}".rstrip() for example in examples]
-        print_options(usage, self.summary, self.known_options(), everything=everything, examples=shown)
+        options = self.method.shown(*self.options) if self.method else self.known_options()
+        print_options(usage, self.summary, options, everything=everything, examples=shown)
         return 0
 
 
@@ -243,6 +260,7 @@ METHODS = (
         f"{_DIFFUSION} --reward_funcs jpeg_compressibility_reward --use_peft --output_dir sd-ddpo",
         extra=PICTURE_REWARDS,
         check=CHECK_PICTURES,
+        unread=OF_LANGUAGE,
     ),
     Method(
         "diffusion-grpo",
@@ -252,6 +270,7 @@ METHODS = (
         "get_clip_reward --use_peft --output_dir sd3-grpo",
         extra=PICTURE_REWARDS,
         check=CHECK_PICTURES,
+        unread=OF_LANGUAGE,
     ),
     Method(
         "diffusion-nft",
@@ -261,6 +280,7 @@ METHODS = (
         "get_clip_reward --use_peft --output_dir sd3-nft",
         extra=PICTURE_REWARDS,
         check=CHECK_PICTURES,
+        unread=OF_LANGUAGE,
     ),
     Method(
         "diffusion-dpo",
@@ -268,6 +288,7 @@ METHODS = (
         "Diffusion models: align with pairs of a chosen and a rejected picture (arXiv:2311.12908).",
         "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name pairs --output_dir sd-dpo",
         check=CHECK_PICTURES,
+        unread=OF_LANGUAGE,
     ),
 )
 
@@ -319,7 +340,7 @@ TOOLS = (
             "--model_name_or_path qwen-sft --output_dir qwen-sft-merged",
             "--model_name_or_path Qwen/Qwen2.5-0.5B --adapter_name_or_path me/qwen-sft --output_dir merged --dtype bfloat16",
         ),
-        unread=(*TRAINED, "attn_implementation", "load_in_", "bnb_", "use_bnb_"),
+        unread=(*TRAINED, "attn_implementation", *QUANTISED),
     ),
     Tool(
         "report",

@@ -98,7 +98,7 @@ def run_method(method: Method, words: list[str]) -> int:
         command = f"trl {method.name}"
         examples = [f"{command} {method.example}", f"{command} --config {method.name}.yaml --learning_rate 1e-5"]
         everything = given.help == "all"
-        print_options(command, method.summary, method.options(), everything=everything, examples=examples)
+        print_options(command, method.summary, method.shown(), everything=everything, examples=examples)
         return 0
     from trl.cli.train import check_weights, read_run, train
 
