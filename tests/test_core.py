@@ -42,6 +42,8 @@ def test_the_most_likely_token_is_all_that_top_k_one_leaves(make_model):
 def test_functions_of_tensors():
     x, mask = torch.tensor([1.0, 2.0, 3.0, 100.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     assert core.masked_mean(x, mask) == 2
+    assert core.masked_mean(x, mask) == 2
+    assert core.masked_mean(x[None], mask[None], axis=1).tolist() == [2]
     assert core.masked_var(x, mask) == 1
     assert core.masked_var(x, mask, unbiased=False).item() == pytest.approx(2 / 3)
     assert core.masked_whiten(x, mask).tolist() == pytest.approx([-1, 0, 1, 0])

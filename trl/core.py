@@ -12,7 +12,6 @@ from transformers import set_seed
 from trl.compat import names_for
 from trl.models.reference import create_reference_model
 from trl.ops import reduce
-from trl.ops.reduce import masked_mean
 from trl.rollouts.respond import LengthSampler, respond_to_batch
 
 __all__ = [
@@ -46,6 +45,11 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     """Entropy −Σ_v p_v log p_v, `[…]` in nats, of logits `[…,V]`."""
     logprobs = torch.log_softmax(logits, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is 1, over all dimensions or along `axis`; 0 where the mask is empty."""
+    return reduce.masked_mean(values, mask, axis)
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from trl.errors import ConfigError
 from trl.rewards.images import to_pil
 from trl.rewards.reward import Reward, Samples, make_rewards
-from trl.rewards.signature import PICTURES, asks_for, check_arguments, say_hidden
+from trl.rewards.signature import PICTURES, check_arguments, say_hidden
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class PictureSamples(Samples):
         extras: Mapping[str, Any],
     ) -> PictureSamples:
         """The images, with Pillow images as well if one of `rewards` has an argument `pil_images`."""
-        wanted = any(asks_for(reward.function, "pil_images") for reward in rewards)
+        wanted = any("pil_images" in inspect.signature(reward.function).parameters for reward in rewards)
         size = f"{images.shape[-1]} × {images.shape[-2]}"
         named = [f"picture {i}, {size} pixels" for i in range(1, len(images) + 1)]
         pil = {"pil_images": to_pil(images)} if wanted else {}

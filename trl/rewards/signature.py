@@ -26,11 +26,6 @@ def fitting(function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in names}
 
 
-def asks_for(function: Callable, name: str) -> bool:
-    """True if the function has an argument called `name`."""
-    return name in inspect.signature(function).parameters
-
-
 def check_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> None:
     """Raise DataError unless there is one completion for each prompt."""
     if len(prompts) != len(completions):
