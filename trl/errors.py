@@ -41,6 +41,10 @@ class ConfigError(TrlError):
     """An option that is unknown, of the wrong type, or in conflict with another."""
 
 
+class MissingPackageError(ConfigError, ImportError):
+    """An option that needs a package which is not installed. Also an ImportError, which is what Python raises."""
+
+
 class ModelNotFoundError(ConfigError, OSError):
     """No model of that name, as a local folder or on the hub. Also an OSError, which is what `transformers` raises."""
 

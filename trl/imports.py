@@ -1,4 +1,4 @@
-"""Optional dependencies: which extra of `trl` installs each, and checks whether it is there."""
+"""Optional dependencies: how each is installed, and checks whether it is there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+
+from trl.errors import MissingPackageError
 
 EXTRAS = {
     "vllm": "vllm",
@@ -19,6 +21,10 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
 }
+"""Module → the extra of `trl` that installs it."""
+
+PACKAGES = {"lomo_optim": "lomo-optim", "optimi": "torch-optimi"}
+"""Module → its package, where the name is another."""
 
 
 def is_available(module: str) -> bool:
@@ -35,11 +41,21 @@ def is_installed(package: str) -> bool:
     return True
 
 
-def require(module: str, *, to: str) -> ModuleType:
-    """Import an optional module, which `to` needs, or raise an error that says how to install it.
+def pip_command(module: str) -> str:
+    """The command that installs a module: `pip install "trl[quantization]"`."""
+    return f'pip install "trl[{EXTRAS[module]}]"' if module in EXTRAS else f"pip install {PACKAGES.get(module, module)}"
 
-    Raises ImportError: `4-bit loading needs bitsandbytes: pip install "trl[quantization]".`
+
+def check_available(module: str, *, to: str) -> None:
+    """Raise an error that says how to install an optional module which `to` needs, if it is missing. Imports nothing.
+
+    Raises MissingPackageError: `load_in_4bit needs bitsandbytes: pip install "trl[quantization]".`
     """
     if not is_available(module):
-        raise ImportError(f'{to} needs {module}: pip install "trl[{EXTRAS[module]}]".')
+        raise MissingPackageError(f"{to} needs {module}: {pip_command(module)}.")
+
+
+def require(module: str, *, to: str) -> ModuleType:
+    """Import an optional module, which `to` needs. Raises MissingPackageError as `check_available` does."""
+    check_available(module, to=to)
     return importlib.import_module(module)

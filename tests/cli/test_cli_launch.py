@@ -76,7 +76,7 @@ def test_refused(words, message, capsys, monkeypatch):
 
 
 def test_devices_are_counted(monkeypatch):
-    monkeypatch.setattr("trl.cli.launch.find_spec", lambda name: name)
+    monkeypatch.setattr("trl.imports.is_available", lambda module: True)
     with pytest.raises(ConfigError, match="num_processes=3, but this machine has 2 devices"):
         check_devices("ddp", 3, 2)
     check_devices("ddp", 3, 0)

@@ -9,13 +9,15 @@ import re
 import pytest
 import torch
 from huggingface_hub.errors import InferenceTimeoutError, OfflineModeIsEnabled
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from trl import CPOConfig, DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, SFTConfig
 from trl.cli.commands import load, methods
 from trl.cli.hub import HubError, check_model_on_hub, push_explained
 from trl.cli.main import main
 from trl.data.formats import TAKEN_BY
-from trl.errors import ConfigError
+from trl.errors import ConfigError, MissingPackageError
 from trl.trainers.option_checks import check_full_batch
 from trl.trainers.option_effects import CONDITIONS
 from trl.trainers.options import resolve_args
@@ -23,6 +25,13 @@ from trl.training.checkpoint import remove_checkpoints
 from trl.training.nonfinite import SkippedSteps
 
 CPU = {"use_cpu": True, "report_to": "none"}
+
+
+@pytest.fixture
+def without_packages(monkeypatch):
+    """No optional package is installed."""
+    monkeypatch.setattr("trl.imports.is_available", lambda module: False)
+    monkeypatch.setattr("trl.trainers.option_checks.get_available_reporting_integrations", list)
 
 
 @pytest.mark.parametrize(("command", "own"), [("sft", "max_length"), ("grpo", "reward_funcs")])
@@ -81,12 +90,50 @@ def test_half_precision_on_a_cpu_has_to_be_meant(tmp_path):
 
 
 def test_deepspeed_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("trl.trainers.option_checks.is_available", lambda name: True)
+    monkeypatch.setattr("trl.imports.is_available", lambda name: True)
     with pytest.raises(ConfigError, match="deepspeed='nowhere.json': there is no such file"):
         SFTConfig(output_dir=str(tmp_path), **CPU, deepspeed="nowhere.json")
-    monkeypatch.setattr("trl.trainers.option_checks.is_available", lambda name: False)
-    with pytest.raises(ConfigError, match="needs DeepSpeed: pip install"):
-        SFTConfig(output_dir=str(tmp_path), **CPU, deepspeed="nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "install"),
+    [
+        ({"deepspeed": "zero.json"}, '"trl[deepspeed]"'),
+        ({"use_liger_kernel": True}, '"trl[liger]"'),
+        ({"optim": "adamw_8bit"}, '"trl[quantization]"'),
+        ({"optim": "paged_lion_8bit"}, '"trl[quantization]"'),
+        ({"optim": "adamw_torch_8bit"}, "torchao"),
+        ({"optim": "galore_adamw"}, "galore_torch"),
+        ({"optim": "stable_adamw"}, "torch-optimi"),
+        ({"report_to": ["trackio"]}, "trackio"),
+        ({"report_to": "flyte"}, "flytekit"),
+    ],
+)
+def test_a_missing_package_is_told_when_the_configuration_is_made(options, install, tmp_path, without_packages):
+    (name, _), *_ = options.items()
+    with pytest.raises(MissingPackageError, match=f"{name}=.*: pip install {re.escape(install)}"):
+        SFTConfig(output_dir=str(tmp_path), **{**CPU, **options})
+
+
+@pytest.mark.parametrize("words", ["--load_in_4bit --use_peft", "--optim adamw_8bit"])
+def test_the_command_tells_a_missing_package_before_it_reads_rows(
+    words, tmp_path, without_packages, monkeypatch, capsys
+):
+    monkeypatch.setattr("trl.cli.train.datasets_of", lambda run: pytest.fail("rows are read"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "A fox."}\n')
+    given = f"sft --model_name_or_path org/model --dataset_name {tmp_path / 'rows.jsonl'} --use_cpu {words}"
+    assert main([*given.split(), "--output_dir", str(tmp_path / "out")]) == 2
+    assert 'needs bitsandbytes: pip install "trl[quantization]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [each.value for each in OptimizerNames])
+def test_every_optimizer_whose_package_is_missing_is_known(name, tmp_path, without_packages, make_model):
+    """Those that the configuration takes can be created."""
+    try:
+        args = SFTConfig(output_dir=str(tmp_path), **CPU, optim=name, optim_target_modules=["q_proj"])
+    except MissingPackageError:
+        return
+    Trainer.get_optimizer_cls_and_kwargs(args, make_model("llama"))
 
 
 def test_older_options_that_ask_for_what_happens_anyway(tmp_path):

@@ -13,7 +13,7 @@ from tests.diffusion.pipelines import PIPELINES
 from tests.diffusion.support import LORA, ROLLOUTS, Poison, online, weights_of
 from tests.diffusion.support import ROWS as PROMPTS
 from trl.algorithms.surrogates import CISPO, SAPO, Clip
-from trl.errors import ConfigError, DataError, ModelError
+from trl.errors import ConfigError, DataError, MissingPackageError, ModelError
 from trl.rewards.call import RewardError
 from trl.rewards.images import brightness_reward
 from trl.trainers.diffusion.batch_ddpo import DiffusionDDPOTrainer
@@ -399,9 +399,8 @@ def test_models_that_are_no_pipelines(tmp_path):
 
 def test_without_diffusers_it_is_said_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.imports.is_available", lambda module: False)
-    args = DiffusionGRPOConfig(output_dir=str(tmp_path), **ROLLOUTS)
-    with pytest.raises(ImportError, match=r'pip install "trl\[diffusion\]"'):
-        DiffusionGRPOTrainer("org/model", brightness_reward, args, PROMPTS)
+    with pytest.raises(MissingPackageError, match=r'pip install "trl\[diffusion\]"'):
+        DiffusionGRPOConfig(output_dir=str(tmp_path), **ROLLOUTS)
 
 
 def test_a_safety_checker_is_taken_off_and_that_is_said(tmp_path, caplog):

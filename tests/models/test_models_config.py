@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, MissingPackageError
 from trl.models.config import ModelConfig, get_peft_config, get_quantization_config
 
 
@@ -76,7 +76,8 @@ def test_layers_to_train_whole_have_to_be_there(make_model):
         with_adapters(make_model("llama"), get_peft_config(config))
 
 
-def test_options_of_four_bits_without_them_are_said(caplog):
+def test_options_of_four_bits_without_them_are_said(caplog, monkeypatch):
+    monkeypatch.setattr("trl.imports.is_available", lambda module: True)
     ModelConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
     assert caplog.text == ""
     ModelConfig(bnb_4bit_quant_type="fp4")
@@ -109,11 +110,12 @@ def test_no_quantisation_unless_asked_for():
     assert get_quantization_config(ModelConfig()) is None
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantisation_names_the_extra(bits):
-    with pytest.raises(ImportError, match=rf'{bits}-bit loading needs bitsandbytes: pip install "trl\[quantization\]"'):
-        get_quantization_config(ModelConfig(**{f"load_in_{bits}bit": True}))
+def test_quantisation_names_the_extra(bits, monkeypatch):
+    monkeypatch.setattr("trl.imports.is_available", lambda module: False)
+    words = rf'load_in_{bits}bit needs bitsandbytes: pip install "trl\[quantization\]"'
+    with pytest.raises(MissingPackageError, match=words):
+        ModelConfig(**{f"load_in_{bits}bit": True})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

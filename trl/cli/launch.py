@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
 from trl.callbacks.signals import handled, handling
 from trl.cli.parser import ParsedOptions
 from trl.errors import ConfigError, suggest
+from trl.imports import check_available
 from trl.option_bounds import check_bounds
 
 SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
@@ -98,8 +98,8 @@ def launch(given: ParsedOptions, words: Sequence[str]) -> int:
 def check_devices(name: str, count: int | None, devices: int) -> None:
     """Raises ConfigError if a shipped configuration needs DeepSpeed, which is not installed, or more devices."""
     shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
-    if name.startswith("zero") and name in shipped and find_spec("deepspeed") is None:
-        raise ConfigError(f"accelerate_config={name!r} needs DeepSpeed: pip install 'trl[deepspeed]'.")
+    if name.startswith("zero") and name in shipped:
+        check_available("deepspeed", to=f"accelerate_config={name!r}")
     if devices and name in shipped and (count or 1) > devices:
         raise ConfigError(
             f"num_processes={count}, but this machine has {devices} devices: give at most {devices}, or use --use_cpu."

@@ -30,7 +30,7 @@ def run_benchmarks(
     chat           ask the questions with the tokenizer's chat template
     limit          maximum number of questions per task
 
-    Raises ConfigError for an unknown task, ImportError without lm-eval.
+    Raises ConfigError for an unknown task, MissingPackageError without lm-eval.
     """
     if not names:
         return {}

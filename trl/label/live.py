@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from trl.imports import require
 from trl.label.session import Session
 from trl.label.settings import ServerSettings
 from trl.label.tasks import Answer, Item
@@ -41,8 +40,6 @@ class LiveLabels:
     def session(self) -> Session:
         """The session. The first access starts the server."""
         if self._running is None:
-            for module in ("starlette", "uvicorn"):
-                require(module, to="ui='web'")
             from trl.label.server import LabelServer
 
             session = Session(self.task, self.output, raters_per_item=self.raters_per_item, live=True)

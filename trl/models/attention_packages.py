@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trl.errors import ConfigError, suggest
+from trl.errors import ConfigError, MissingPackageError, suggest
 from trl.imports import is_installed
 
 INSTALL = {
@@ -26,16 +26,16 @@ ELSEWHERE = ("torch-npu", KERNELS)
 
 
 def check_attention_packages(asked: str | Mapping[str, str] | None) -> None:
-    """Raises ConfigError for an `attn_implementation` whose package is not installed. Imports nothing."""
+    """Raises MissingPackageError for an `attn_implementation` whose package is not installed. Imports nothing."""
     for name in _names(asked):
         if name in INSTALL and not any(map(is_installed, (INSTALL[name][0], *ELSEWHERE))):
             package, how = INSTALL[name]
-            raise ConfigError(
+            raise MissingPackageError(
                 f"attn_implementation={name!r} needs {package}, which is not installed: {how}; or `pip install {KERNELS}`, "
                 "which downloads a build. Or leave attn_implementation out, for torch's own attention (sdpa)."
             )
         if "/" in name and not is_installed(KERNELS):
-            raise ConfigError(
+            raise MissingPackageError(
                 f"attn_implementation={name!r} is a kernel of the hub, and needs {KERNELS}, which is not installed: "
                 f"`pip install {KERNELS}`. Or leave attn_implementation out, for torch's own attention (sdpa)."
             )

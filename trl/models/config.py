@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trl.errors import ConfigError, unknown
-from trl.imports import require
+from trl.imports import check_available
 from trl.models.attention_packages import check_attention_packages
 from trl.option_names import OptionNames
 from trl.option_types import check_choices
@@ -102,6 +102,8 @@ class ModelConfig(metaclass=OptionNames):
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
         check_choices(self)
+        if self.load_in_8bit or self.load_in_4bit:
+            check_available("bitsandbytes", to=f"load_in_{4 if self.load_in_4bit else 8}bit")
         if not self.load_in_4bit:
             self._warn_without_effect("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
         check_attention_packages(self.attn_implementation)
@@ -157,13 +159,9 @@ def _target_modules(names: list[str] | str | None) -> list[str] | str | None:
 
 
 def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """The quantisation configuration of `model_args`; None without `load_in_8bit` or `load_in_4bit`.
-
-    Raises ImportError without bitsandbytes.
-    """
+    """The quantisation configuration of `model_args`; None without `load_in_8bit` or `load_in_4bit`."""
     if not (model_args.load_in_8bit or model_args.load_in_4bit):
         return None
-    require("bitsandbytes", to=f"{4 if model_args.load_in_4bit else 8}-bit loading")
     from transformers import BitsAndBytesConfig
 
     if model_args.load_in_8bit:

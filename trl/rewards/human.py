@@ -35,6 +35,7 @@ from rich.text import Text
 
 from trl.data.messages import under_roles
 from trl.errors import ConfigError, DataError, unknown
+from trl.imports import check_available
 from trl.label.live import LiveLabels
 from trl.label.settings import ServerSettings
 from trl.label.tasks import MARKS, ROWS, TIE, Answer, Content, Item, check_no_images, pairs_in_rings, score_of, to_rows
@@ -140,6 +141,8 @@ class HumanReward:
         """Switch to another user interface. Raises ConfigError for an unknown one."""
         if ui not in UIS:
             raise ConfigError(unknown("ui", ui, UIS))
+        for module in ("starlette", "uvicorn") if ui == "web" else ():
+            check_available(module, to="ui='web'")
         self.ui = ui
         self.page = LiveLabels(
             self.task,

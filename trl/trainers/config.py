@@ -25,6 +25,7 @@ from trl.trainers.option_checks import (
     check_deepspeed,
     check_intervals,
     check_loggers,
+    check_packages,
     check_precision,
     leave_mps,
 )
@@ -214,6 +215,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         self.check_values()
         leave_mps(self)
         check_precision(self)
+        check_packages(self)
         check_deepspeed(self)
         check_loggers(self)
         if self.logging_dir is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,35 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from trl.counts import counted
-from trl.errors import ConfigError, suggest
-from trl.imports import is_available
+from trl.errors import ConfigError, MissingPackageError, suggest
+from trl.imports import check_available, is_available
 
 logger = logging.getLogger(__name__)
 
 INTERVALS = ("logging", "save", "eval")
+
+OPTIMIZERS = {
+    r"adamw_(bnb_)?8bit|rmsprop_bnb.*|(paged_)?(lion|ademamix)_(8|32)bit|paged_adamw_(8|32)bit|ademamix": "bitsandbytes",
+    r"galore_adamw_8bit.*": "bitsandbytes",
+    r"adamw_torch_[48]bit": "torchao",
+    r"galore_.*": "galore_torch",
+    r"apollo_.*": "apollo_torch",
+    r"(ada)?lomo": "lomo_optim",
+    r"schedule_free_.*": "schedulefree",
+    r"stable_adamw": "optimi",
+    r"grokadamw": "grokadamw",
+    r"adamw_torch_xla": "torch_xla",
+    r"adamw_torch_npu_fused": "torch_npu",
+    r"adamw_anyprecision": "torchdistx",
+}
+"""Expression for names of optimizers → the module that they need."""
+
+TRACKERS = {
+    "azure_ml": "pip install azureml-sdk",
+    "flyte": "pip install flytekit",
+    "kubeflow": "run in a job of Kubeflow, which sets KUBEFLOW_TRAINER_SERVER_URL",
+}
+"""Tracker → how to make it available, where that is not `pip install` and its name."""
 
 
 def check_intervals(args: TrainingArguments) -> None:
@@ -88,12 +112,20 @@ def check_precision(args: TrainingArguments) -> None:
         )
 
 
+def check_packages(args: TrainingArguments) -> None:
+    """Raises MissingPackageError if an option needs a package that is not installed."""
+    if args.deepspeed:
+        check_available("deepspeed", to=f"deepspeed={args.deepspeed!r}")
+    if args.use_liger_kernel:
+        check_available("liger_kernel", to="use_liger_kernel=True")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    for names, module in OPTIMIZERS.items():
+        if re.fullmatch(names, optimizer):
+            check_available(module, to=f"optim={optimizer!r}")
+
+
 def check_deepspeed(args: TrainingArguments) -> None:
-    """Raises ConfigError if DeepSpeed is asked for and not installed, or if its configuration file does not exist."""
-    if not args.deepspeed:
-        return
-    if not is_available("deepspeed"):
-        raise ConfigError(f'deepspeed={args.deepspeed!r} needs DeepSpeed: pip install "trl[deepspeed]".')
+    """Raises ConfigError if DeepSpeed's configuration file does not exist."""
     given = args.deepspeed
     if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).expanduser().is_file():
         raise ConfigError(f"deepspeed={given!r}: there is no such file.")
@@ -108,7 +140,6 @@ def check_loggers(args: TrainingArguments) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             known = sorted(INTEGRATION_TO_CALLBACK)
             raise ConfigError(f"report_to={name!r} is no tracker.{suggest(name, known)} Known: {', '.join(known)}.")
-        if name not in get_available_reporting_integrations():
-            raise ConfigError(
-                f"report_to={name!r}: its package is not installed. Install it, or leave report_to out (none)."
-            )
+        if name not in get_available_reporting_integrations() and not (name == "flyte" and is_available("flytekit")):
+            how = TRACKERS.get(name, f"pip install {name}")
+            raise MissingPackageError(f"report_to={name!r} is not installed: {how}. Or leave report_to out.")

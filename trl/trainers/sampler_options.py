@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from trl.errors import ConfigError
+from trl.errors import ConfigError, MissingPackageError
 from trl.imports import is_available
 
 if TYPE_CHECKING:
@@ -122,9 +122,9 @@ class SamplerOptions:
                 )
 
     def check_installed(self) -> None:
-        """Raises ConfigError if vllm_mode="colocate" needs vLLM and it is not installed."""
+        """Raises MissingPackageError if vllm_mode="colocate" needs vLLM and it is not installed."""
         if self.use_vllm and self.vllm_mode == "colocate" and not is_available("vllm"):
-            raise ConfigError(
+            raise MissingPackageError(
                 'use_vllm=True with vllm_mode="colocate" needs vllm in this environment: pip install "trl[vllm]". Or leave use_vllm '
                 'out, to sample from the model itself; or set vllm_mode="server", and start `trl vllm-serve` or `trl serve`.'
             )

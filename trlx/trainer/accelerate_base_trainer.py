@@ -78,6 +78,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
                 f"train.trainer={config.train.trainer!r} takes method.name={self.method_class.__name__!r}, and the "
                 f"configuration has {type(config.method).__name__!r}."
             )
+        self.optimizer_cls_and_kwargs = optimizer_class(config.optimizer)
         self.logit_mask = None if logit_mask is None else torch.as_tensor(logit_mask).bool()
         self.tokenizer = load_tokenizer(config)
         self.seq2seq = config.model.model_arch_type == "seq2seq"
@@ -130,7 +131,7 @@ class AccelerateRLTrainer(BaseRLTrainer):
 
     def common_keywords(self) -> dict[str, Any]:
         """Keyword arguments of the trainer that all methods set."""
-        return {"processing_class": self.tokenizer, "optimizer_cls_and_kwargs": optimizer_class(self.config.optimizer)}
+        return {"processing_class": self.tokenizer, "optimizer_cls_and_kwargs": self.optimizer_cls_and_kwargs}
 
     def script_reward(self, **options: Any) -> ScriptReward:
         """The script's reward function, wrapped for `trl`."""

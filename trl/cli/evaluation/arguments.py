@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trl.errors import ConfigError
+from trl.evaluation.benchmarks import NEEDED_BY
+from trl.imports import check_available
 from trl.option_bounds import check_bounds
 
 
@@ -87,6 +89,8 @@ class EvalArguments:
             raise ConfigError("--dataset_name is missing: give rows to evaluate on, or name --benchmarks.")
         if self.benchmarks is None and (self.benchmarks_folder or self.chat):
             raise ConfigError("benchmarks_folder and chat are for benchmarks: name some with --benchmarks.")
+        if self.benchmarks is not None:
+            check_available("lm_eval", to=NEEDED_BY)
         if self.against is not None and not (self.reward_funcs or self.judge_server):
             raise ConfigError(
                 "against names a model to compare with, but nothing judges the samples: give reward_funcs or judge_server."

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from trl.diffusion.solvers import FlowSolver
 from trl.errors import ConfigError
+from trl.imports import check_available
 from trl.trainers.config import TrainerConfig
 from trl.trainers.rollout_options import RolloutOptions
 
@@ -82,6 +83,7 @@ class DiffusionConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_available("diffusers", to="Training a diffusion model")
         if not isinstance(self.negative_prompt, str | None):
             raise ConfigError(f"negative_prompt={self.negative_prompt!r}: give one text, which goes with every prompt.")
         for name in OF_LANGUAGE:

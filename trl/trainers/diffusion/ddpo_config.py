@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from trl.errors import ConfigError
-from trl.imports import require
+from trl.imports import check_available
 from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames
 
@@ -113,7 +113,7 @@ class ClassicConfig(metaclass=OptionNames):
             raise ConfigError(f"log_with={self.log_with!r}: give 'wandb', 'tensorboard' or None.")
         check_bounds(self)
         if self.train_use_8bit_adam:
-            require("bitsandbytes", to="train_use_8bit_adam")
+            check_available("bitsandbytes", to="train_use_8bit_adam")
 
     def to_dict(self) -> dict[str, Any]:
         """All options."""
