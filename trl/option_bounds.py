@@ -118,18 +118,27 @@ WEIGHTS = (("loss_weights",), ("reward_weights",), ("desirable_weight", "undesir
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ConfigError for options of the dataclass `config` that are out of range, or text in place of a number."""
-    for name, kind in kinds_of(type(config)).items():
-        given = getattr(config, name, None)
-        numeric = {"int", "float"} & {*kind.scalars, *(kind.item.scalars if kind.item else ())}
-        if numeric and not kind.choices and any(isinstance(misfit, str) for misfit in kind.invalid_items(given)):
-            raise ConfigError(f"{name}={given!r} is text: give {kind}.")
-        for value in numbers_in(given):
+    """Raise ConfigError for options of the dataclass `config` that are out of range, or of another type than a number."""
+    check_numeric(config)
+    for name in kinds_of(type(config)):
+        for value in numbers_in(getattr(config, name, None)):
             check_number(name, value)
     for names in WEIGHTS:
         weights = [*numbers_in([getattr(config, name, None) for name in names])]
         if weights and not any(weights):
             raise ConfigError(f"{' and '.join(names)}: every weight is 0, so nothing is trained. Set one above 0.")
+
+
+def check_numeric(config: Any) -> None:
+    """Raise ConfigError for text in place of a number, and for a fraction in place of a whole number."""
+    for name, kind in kinds_of(type(config)).items():
+        given = getattr(config, name, None)
+        numeric = {"int", "float"} & {*kind.scalars, *(kind.item.scalars if kind.item else ())}
+        misfits = kind.invalid_items(given) if numeric and not kind.choices else []
+        if any(isinstance(misfit, str) for misfit in misfits):
+            raise ConfigError(f"{name}={given!r} is text: give {kind}.")
+        if any(isinstance(misfit, float) and not misfit.is_integer() for misfit in misfits):
+            raise ConfigError(f"{name}={given!r}: give {kind}.")
 
 
 def numbers_in(value: Any) -> Iterator[float]:
@@ -143,6 +152,8 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 def check_number(name: str, value: float) -> None:
     """Raise ConfigError if `value` is out of range for the option `name`."""
+    if not isinstance(value, int | float):
+        raise ConfigError(f"{name}={value!r}: give a number.")
     if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in UNBOUNDED):
         raise ConfigError(f"{name}={value}: give a finite number.")
     if isinstance(value, int) and abs(value) > LARGEST:

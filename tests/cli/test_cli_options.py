@@ -98,7 +98,7 @@ def test_deepspeed_is_looked_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "install"),
     [
-        ({"deepspeed": "zero.json"}, '"trl[deepspeed]"'),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, '"trl[deepspeed]"'),
         ({"use_liger_kernel": True}, '"trl[liger]"'),
         ({"optim": "adamw_8bit"}, '"trl[quantization]"'),
         ({"optim": "paged_lion_8bit"}, '"trl[quantization]"'),
@@ -117,11 +117,12 @@ def test_a_missing_package_is_told_when_the_configuration_is_made(options, insta
 
 @pytest.mark.parametrize("words", ["--load_in_4bit --use_peft", "--optim adamw_8bit"])
 def test_the_command_tells_a_missing_package_before_it_reads_rows(
-    words, tmp_path, without_packages, monkeypatch, capsys
+    words, tmp_path, make_model, without_packages, monkeypatch, capsys
 ):
+    make_model("llama").save_pretrained(tmp_path)
     monkeypatch.setattr("trl.cli.train.datasets_of", lambda run: pytest.fail("rows are read"))
     (tmp_path / "rows.jsonl").write_text('{"text": "A fox."}\n')
-    given = f"sft --model_name_or_path org/model --dataset_name {tmp_path / 'rows.jsonl'} --use_cpu {words}"
+    given = f"sft --model_name_or_path {tmp_path} --dataset_name {tmp_path / 'rows.jsonl'} --use_cpu {words}"
     assert main([*given.split(), "--output_dir", str(tmp_path / "out")]) == 2
     assert 'needs bitsandbytes: pip install "trl[quantization]"' in capsys.readouterr().err
 

@@ -217,15 +217,15 @@ def train(run: Run) -> int:
 
 
 def check_trains(run: Run) -> None:
-    """Raises ConfigError for quantised weights without an adapter, because they cannot be trained."""
+    """Raises ConfigError for quantised weights without an adapter, because they cannot be trained, or without bitsandbytes."""
     from trl.models.saved_adapters import is_adapter
 
     model = run.model
     bits = "load_in_4bit" if model.load_in_4bit else "load_in_8bit" if model.load_in_8bit else None
-    if bits is None or model.use_peft or model.adapter_name_or_path is not None:
-        return
-    if not is_adapter(model.model_name_or_path, **model.hub):
+    has_adapter = model.use_peft or model.adapter_name_or_path is not None
+    if bits is not None and not has_adapter and not is_adapter(model.model_name_or_path, **model.hub):
         raise ConfigError(f"--{bits}: quantised weights cannot be trained. Add --use_peft to train an adapter on them.")
+    get_quantization_config(model)
 
 
 def _check_output_folder(run: Run) -> None:

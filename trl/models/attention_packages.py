@@ -65,5 +65,7 @@ def check_attention(asked: str | Mapping[str, str] | None) -> None:
 
 def _names(asked: Any) -> list[str]:
     """The names in an `attn_implementation`, which is one name, or a mapping with one for each part of a model."""
-    given = asked.values() if isinstance(asked, Mapping) else [asked]
+    given = [*asked.values()] if isinstance(asked, Mapping) else [asked]
+    if wrong := [each for each in given if not isinstance(each, str | None)]:
+        raise ConfigError(f"attn_implementation={wrong[0]!r}: give a name, such as 'sdpa'.")
     return [name.removeprefix("paged|") for name in given if isinstance(name, str)]

@@ -102,8 +102,6 @@ class ModelConfig(metaclass=OptionNames):
         if self.load_in_8bit and self.load_in_4bit:
             raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one.")
         check_choices(self)
-        if self.load_in_8bit or self.load_in_4bit:
-            check_available("bitsandbytes", to=f"load_in_{4 if self.load_in_4bit else 8}bit")
         if not self.load_in_4bit:
             self._warn_without_effect("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
         check_attention_packages(self.attn_implementation)
@@ -159,9 +157,13 @@ def _target_modules(names: list[str] | str | None) -> list[str] | str | None:
 
 
 def get_quantization_config(model_args: ModelConfig) -> BitsAndBytesConfig | None:
-    """The quantisation configuration of `model_args`; None without `load_in_8bit` or `load_in_4bit`."""
+    """The quantisation configuration of `model_args`; None without `load_in_8bit` or `load_in_4bit`.
+
+    Raises MissingPackageError without bitsandbytes.
+    """
     if not (model_args.load_in_8bit or model_args.load_in_4bit):
         return None
+    check_available("bitsandbytes", to=f"load_in_{4 if model_args.load_in_4bit else 8}bit")
     from transformers import BitsAndBytesConfig
 
     if model_args.load_in_8bit:

@@ -46,6 +46,23 @@ PROCESSOR = "processor_config.json"
 SHOWN = 3
 """Number of layers that an error names."""
 
+LOADING = (
+    *(
+        "dtype",
+        "attn_implementation",
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "quantization_config",
+        "load_in_4bit",
+    ),
+    *("load_in_8bit", "revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "force_download"),
+    *("use_safetensors", "weights_only", "key_mapping", "use_kernels", "adapter"),
+)
+"""Keyword arguments of `from_pretrained`, for suggestions: it takes more, and its signature names few of them."""
+
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
 NUMBERED = re.compile(r"(?:layers?|h|blocks?)\.(\d+)\.")
 """Matches the number of the layer in a parameter's name."""
 
@@ -86,6 +103,24 @@ def load_model(
     return model if adapter is None else with_adapter_of(model, adapter, trainable=trainable, **hub)
 
 
+@contextmanager
+def naming_keywords(option: str, given: Mapping[str, Any], name: str) -> Iterator[None]:
+    """Turn the error of `from_pretrained` about an unknown keyword argument, given in `option`, into a ConfigError."""
+    try:
+        yield
+    except TypeError as error:
+        found = UNEXPECTED.search(str(error))
+        if found is None or found[1] not in given:
+            raise
+        config = load_config(
+            name, trust_remote_code=given.get("trust_remote_code", False), revision=given.get("revision")
+        )
+        raise ConfigError(
+            f"{option}: neither from_pretrained nor the configuration of {name!r} has {found[1]!r}."
+            f"{suggest(found[1], [*LOADING, *config.to_dict()])}"
+        ) from error
+
+
 def _load_whole(
     name: str,
     auto_class: Any,
@@ -121,7 +156,7 @@ def _with_precision(options: Mapping[str, Any], quantization_config: Any) -> dic
     """The options of `from_pretrained` with `dtype` (default: float32) and `quantization_config` in the present spelling."""
     options = {"dtype": "float32", **options}
     options["dtype"] = options.pop("torch_dtype", options["dtype"])
-    if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+    if options["dtype"] not in (None, "auto") and not isinstance(options["dtype"], torch.dtype | Mapping):
         options["dtype"] = _dtype(options["dtype"])
     bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if options.pop(name, False)}
     if bits:
@@ -237,8 +272,8 @@ def keep_own_loss(model: torch.nn.Module) -> None:
             module._unsloth_cpu_chunked_ce = False
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = torch.__dict__.get(name.removeprefix("torch."))
+def _dtype(name: Any) -> torch.dtype:
+    dtype = torch.__dict__.get(str(name).removeprefix("torch."))
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype={name!r} is not a torch dtype: use 'auto', 'float32', 'bfloat16' or 'float16'.")
     return dtype

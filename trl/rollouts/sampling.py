@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trl.errors import ConfigError, DataError
-from trl.option_bounds import check_number
+from trl.option_bounds import check_number, check_numeric
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -90,6 +90,7 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "banned_tokens"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str | int) else tuple(value or ()))
+        check_numeric(self)
         for name in (*_SAME, "beta"):
             check_number(name, getattr(self, name))
         if "" in self.stop:

@@ -58,6 +58,7 @@ from trl.models.load import (
     load_model,
     make_trainable,
     mend_generation_config,
+    naming_keywords,
     tokenizer_of,
 )
 from trl.models.patching import evaluating
@@ -246,7 +247,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             raise ConfigError(f"model is a {type(model).__name__}: give a model, its folder, or its hub name.")
         if isinstance(model, str):
             quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
-            model = self._load(model, quantised | self.args.loading(kwargs))
+            with naming_keywords("model_init_kwargs", self.args.loading(kwargs), model):
+                model = self._load(model, quantised | self.args.loading(kwargs))
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is already loaded: leave one out.")

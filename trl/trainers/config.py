@@ -20,9 +20,9 @@ from trl.noise import say_once
 from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames
 from trl.option_types import check_choices, describe_fields
+from trl.trainers.mapping_options import check_entries, check_mappings
 from trl.trainers.option_checks import (
     check_best,
-    check_deepspeed,
     check_intervals,
     check_loggers,
     check_packages,
@@ -216,7 +216,6 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         leave_mps(self)
         check_precision(self)
         check_packages(self)
-        check_deepspeed(self)
         check_loggers(self)
         if self.logging_dir is not None:
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
@@ -247,6 +246,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         with processes_on_cpu(self):
             super().__post_init__()
             check_processes(self)
+        check_entries(self)
         read_on_every_process(self)
         self.plans_checkpointing = plans
 
@@ -264,6 +264,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
         Warns of options without effect.
         """
         check_choices(self)
+        check_mappings(self)
         check_intervals(self)
         check_best(self)
         check_bounds(self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,13 +121,6 @@ def check_packages(args: TrainingArguments) -> None:
     for names, module in OPTIMIZERS.items():
         if re.fullmatch(names, optimizer):
             check_available(module, to=f"optim={optimizer!r}")
-
-
-def check_deepspeed(args: TrainingArguments) -> None:
-    """Raises ConfigError if DeepSpeed's configuration file does not exist."""
-    given = args.deepspeed
-    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).expanduser().is_file():
-        raise ConfigError(f"deepspeed={given!r}: there is no such file.")
 
 
 def check_loggers(args: TrainingArguments) -> None:

@@ -72,6 +72,12 @@ _CONDITIONS: list[tuple[str, Condition, str]] = [
         lambda c: c.use_vllm if c.importance_sampling_correction is None else c.importance_sampling_correction,
         "importance_sampling_correction=True",
     ),
+    ("liger_kernel_config", lambda c: c.use_liger_kernel, "use_liger_kernel=True"),
+    (
+        "lr_scheduler_kwargs",
+        lambda c: c.lr_scheduler_type not in ("constant", "constant_with_warmup"),
+        "a lr_scheduler_type that is not constant",
+    ),
     ("target horizon", lambda c: c.adap_kl_ctrl, "adap_kl_ctrl=True"),
     ("target_kl", lambda c: c.early_stopping, "early_stopping=True"),
     ("compare_steps", lambda c: bool(c.push_to_hub_if_best_kwargs), "push_to_hub_if_best_kwargs"),

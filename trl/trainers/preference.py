@@ -5,6 +5,7 @@ See `trl.models.reference` for the references themselves.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Unpack
@@ -24,6 +25,8 @@ from trl.trainers.precompute import with_reference_logprobs
 from trl.trainers.reference import reference_for
 from trl.trainers.reward_predictions import PredictsRewards
 from trl.types import Batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -200,6 +203,8 @@ class PreferenceTrainer(PredictsRewards):
         if self.ref_model is None and computed_once and not isinstance(self.model, PeftModel):
             return FrozenModel(self.model)
         loading = args.loading(args.ref_model_init_kwargs)
+        if args.ref_model_init_kwargs and not isinstance(self.ref_model, str):
+            logger.warning("ref_model_init_kwargs has no effect, since no ref_model is given by name: leave it out.")
         given, new = self.ref_model, self._has_new_adapter
         return reference_for(self.model, given, args, self.accelerator, has_new_adapter=new, loading=loading)
 

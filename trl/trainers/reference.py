@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from trl.errors import ConfigError
-from trl.models.load import load_model
+from trl.models.load import load_model, naming_keywords
 from trl.models.reference import (
     FrozenModel,
     Reference,
@@ -63,7 +63,8 @@ def reference_for(
     else:
         subject = f"ref_model={given!r}"
         loading = loading or config.loading()
-        model = load_model(given, subject=subject, **loading) if isinstance(given, str) else given
+        with naming_keywords("ref_model_init_kwargs", loading, str(given)):
+            model = load_model(given, subject=subject, **loading) if isinstance(given, str) else given
         warn_of_fewer_tokens(model, policy)
         model.requires_grad_(False).eval()
     if "hf_device_map" not in vars(unwrap(model)) and len({p.device for p in model.parameters()}) > 1:

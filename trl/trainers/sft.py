@@ -19,7 +19,7 @@ from trl.data.encode import EncodeSettings
 from trl.data.examples import collate_examples, columns_of
 from trl.data.layout import lay_out
 from trl.data.packing import pack_examples
-from trl.errors import ConfigError, DataError, unknown
+from trl.errors import ConfigError, DataError
 from trl.models.adapters import prompt_adapter
 from trl.models.layouts import why_not
 from trl.models.score import score, unwrap
@@ -27,6 +27,7 @@ from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
 from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
+from trl.trainers.mapping_options import check_names
 from trl.trainers.predictions import predictions
 from trl.types import Batch, Metrics
 from trl.vision.families import joins_of
@@ -83,9 +84,7 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.dataset_kwargs or ():
-            if name not in DATASET_OPTIONS:
-                raise ConfigError(unknown("entry of dataset_kwargs", name, DATASET_OPTIONS))
+        check_names("dataset_kwargs", self.dataset_kwargs, DATASET_OPTIONS)
         if self.packing and self.max_length is None:
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 

@@ -7,10 +7,13 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from accelerate.utils import LoggerType
+
 from trl.algorithms.kl_control import AdaptiveKL, FixedKL
 from trl.algorithms.ppo import PPO, PPOOptions
-from trl.errors import ConfigError, unknown
+from trl.errors import ConfigError
 from trl.option_bounds import check_bounds
+from trl.trainers.mapping_options import check_names, read_mapping
 from trl.trainers.online_config import OnlineConfig
 
 ACCELERATOR_OPTIONS = ("cpu", "mixed_precision")
@@ -159,15 +162,14 @@ class PPOConfig(PPOOptions, OnlineConfig):
         self.make_algorithm()
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ConfigError('push_to_hub_if_best_kwargs needs a "repo_id" to upload to.')
+        if isinstance(self.log_with, str):
+            check_names("tracker_kwargs", self.tracker_kwargs, LoggerType.list())
 
     def _read_accelerator_kwargs(self) -> None:
-        if not isinstance(self.accelerator_kwargs, dict):
-            return
-        for name in self.accelerator_kwargs:
-            if name not in ACCELERATOR_OPTIONS:
-                raise ConfigError(unknown("entry of accelerator_kwargs", name, ACCELERATOR_OPTIONS))
-        precision = self.accelerator_kwargs.get("mixed_precision")
-        self.use_cpu = self.use_cpu or self.accelerator_kwargs.get("cpu", False)
+        given = read_mapping("accelerator_kwargs", self.accelerator_kwargs)
+        check_names("accelerator_kwargs", given, ACCELERATOR_OPTIONS)
+        precision = given.get("mixed_precision")
+        self.use_cpu = self.use_cpu or given.get("cpu", False)
         self.fp16 = self.fp16 or precision == "fp16"
         self.bf16 = self.bf16 if precision is None else precision == "bf16"
 
