@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -225,7 +226,8 @@ def test_a_model_ties_with_itself(home):
     assert json.loads((home / "evaluation" / "eval.json").read_text())["win rate"]["mean"] == 0.5
 
 
-def test_the_perplexity_of_a_model_that_knows_nothing(home):
+def test_the_perplexity_of_a_model_that_knows_nothing(home, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.ERROR)  # trainers then print their logs
     model = MODELS["llama"]()
     torch.nn.init.zeros_(model.lm_head.weight)
     model.save_pretrained(home / "ours")
@@ -235,6 +237,7 @@ def test_the_perplexity_of_a_model_that_knows_nothing(home):
     assert told["perplexity"] == pytest.approx(99, rel=1e-4)
     texts = [json.loads(line)["text"] for line in (home / "texts.jsonl").read_text().splitlines()]
     assert told["tokens"] == sum(map(len, texts))  # letters but the first, and what ends a text
+    assert "{" not in capsys.readouterr().out
 
 
 def test_its_own_options_stand_first_in_its_help(capsys):

@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PrinterCallback
+
 from trl.cli.evaluation.arguments import EvalArguments
 from trl.cli.evaluation.objects import check_objects, object_scores
 from trl.cli.loading import load_pretrained
@@ -104,6 +106,7 @@ def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) 
             max_pixels=arguments.max_pixels,
         )
         trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
+        trainer.remove_callback(PrinterCallback)  # the results are printed by `run`
         value = math.exp(trainer.evaluate()["eval_loss"])
         return {"perplexity": value, "tokens": trainer.encoded["eval"].report.trained}
 
