@@ -1,6 +1,7 @@
 """What a preview shows, with and without colours."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -39,8 +40,19 @@ def test_trained_text_stands_in_brackets_without_colours(chat, tokenizer):
         "⟦blue↵",
         "[bold]yes<|im_end|>⟧↵",
     ]
-    trained = sum(chat.completions[0].mask)
-    assert lines[-1] == f"1 row, {chat.tokens} tokens, {trained} trained ({trained / chat.tokens:.0%})"
+    assert lines[1].rstrip(" ─").endswith(f", {sum(chat.completions[0].mask)} trained")
+
+
+def test_a_prompt_alone_has_nothing_to_train(tokenizer):
+    lines = shown([Example(tuple(tokenizer.encode("sky")), (Completion(()),))], tokenizer).splitlines()
+    assert lines[1].startswith("row 1: 2 tokens ─")
+
+
+def test_the_completions_of_a_pair_have_names(tokenizer):
+    pair = Example(tuple(tokenizer.encode("sky")), tuple(Completion(tokenizer.encode(t)) for t in (" blue", " no")))
+    output = io.StringIO()
+    preview_examples([pair], tokenizer, console=Console(file=output), sides=("chosen", "rejected"))
+    assert re.findall(r"^(\w+): \d+ token", output.getvalue(), re.MULTILINE) == ["chosen", "rejected"]
 
 
 def test_colours_replace_brackets_in_a_terminal(chat, tokenizer):
@@ -59,7 +71,7 @@ def test_several_completions_stand_below_their_prompt_with_signals(tokenizer):
     ids = tokenizer.encode
     sides = (Completion(ids(" blue"), None, {"margin": 1.5}), Completion(ids(" green"), None, {"score": [0.25, 1.0]}))
     output = shown([Example(ids("the sky"), sides)], tokenizer).splitlines()
-    assert [line.rstrip() for line in output[2:-2]] == [
+    assert [line.rstrip() for line in output[2:-1]] == [
         "the sky",
         f"completion 1 of 2: {counted(len(ids(' blue')), 'token')}",
         "⟦ blue⟧",

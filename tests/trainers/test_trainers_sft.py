@@ -450,7 +450,7 @@ def test_a_preview_of_packed_rows_says_which_documents_they_hold(make_model, tok
     shown = capsys.readouterr().out
     numbers = re.findall(r"^packed row (\d), document (\d): (\d+) tokens", shown, re.MULTILINE)
     assert numbers == [("1", "1", "10"), ("1", "2", "6"), ("2", "1", "7")]
-    assert "3 documents, 23 tokens" in shown
+    assert "train: 3 rows, 23 tokens" in shown
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from trl.counts import counted, percent
+from trl.counts import counted
 from trl.printable import printable
 from trl.types import Completion, Example
 
@@ -30,29 +30,30 @@ def preview_examples(
     console: Console | None = None,
     image_token: int | None = None,
     packed: Sequence[int] = (),
+    sides: Sequence[str] = (),
 ) -> None:
     """Print examples with the trained text highlighted, by colour or, on consoles without colours, by ⟦brackets⟧.
 
     The tokens of an image (`image_token`) are shown as their number. If rows were packed, `packed` has the number of examples
-    in each packed row.
+    in each packed row. `sides` are names of an example's completions, such as "chosen" and "rejected".
     """
     console = console or Console()
     coloured = console.is_terminal and console.color_system is not None and not console.no_color
     console.print(_legend(coloured))
-    tokens = trained = count = 0
     places = [f"packed row {row}, document {i + 1}" for row, size in enumerate(packed, start=1) for i in range(size)]
-    for count, example in enumerate(examples, start=1):
-        place = places[count - 1] if packed else f"row {count}"
-        heading = Text(f"{place}: {counted(example.tokens, 'token')}, {_trained(example):,} trained")
-        console.print(Rule(heading, style="dim", align="left"))
-        for block in _blocks(example, tokenizer, image_token, coloured):
+    for number, example in enumerate(examples):
+        place = places[number] if packed else f"row {number + 1}"
+        console.print(Rule(Text(f"{place}: {_count(example)}"), style="dim", align="left"))
+        for block in _blocks(example, tokenizer, image_token, coloured, sides):
             console.print(block)
-        tokens, trained = tokens + example.tokens, trained + _trained(example)
     console.print(Rule(style="dim"))
-    console.print(
-        f"{counted(count, 'document' if packed else 'row')}, {counted(tokens, 'token')}, {trained:,} trained ({percent(trained, tokens)})",
-        highlight=False,
-    )
+
+
+def _count(example: Example) -> str:
+    """`59 tokens, 58 trained`, or only the number of tokens for a prompt whose completions are still to be sampled."""
+    has_completions = any(len(completion) for completion in example.completions)
+    trained = f", {_trained(example):,} trained" if has_completions else ""
+    return f"{counted(example.tokens, 'token')}{trained}"
 
 
 def as_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -81,7 +82,11 @@ def _mask(completion: Completion) -> Sequence[bool]:
 
 
 def _blocks(
-    example: Example, tokenizer: PreTrainedTokenizerBase, image_token: int | None, coloured: bool
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: int | None,
+    coloured: bool,
+    sides: Sequence[str],
 ) -> Iterator[Text]:
     """The texts of an example: a single completion continues the line of its prompt, several are listed below it."""
     prompt = list(example.prompt)
@@ -94,8 +99,8 @@ def _blocks(
         if alone:
             ids, mask = [*prompt, *ids], [*ignored, *mask]
         else:
-            of = f"{number} of {len(example.completions)}"
-            yield Text(f"completion {of}: {counted(len(completion), 'token')}", style="bold")
+            name = sides[number - 1] if sides else f"completion {number} of {len(example.completions)}"
+            yield Text(f"{name}: {counted(len(completion), 'token')}", style="bold")
         mask = mask if prompt and not alone else [False, *mask[1:]]  # nothing predicts the first token
         yield _text(_runs(ids, mask, tokenizer, image_token), coloured)
         if completion.signals:

@@ -90,6 +90,8 @@ from trl.vision.processing import ImageProcessing
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
+PAIR = ("chosen", "rejected")
+"""Names of the completions of a row that has two."""
 WIDTH = 60
 """Most characters of a row in an error message."""
 
@@ -362,7 +364,9 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         rows = list(first_rows(self.train_dataset, n))
         packed = [len(row["seq_lengths"]) for row in rows if "seq_lengths" in row]
         image_token = None if self.images is None else self.images.token_id
-        preview_examples(self.to_examples(rows)[:n], self.tokenizer, image_token=image_token, packed=packed)
+        examples = self.to_examples(rows)[:n]
+        sides = PAIR if any(len(example.completions) == len(PAIR) for example in examples) else ()
+        preview_examples(examples, self.tokenizer, image_token=image_token, packed=packed, sides=sides)
         for encoded in self.encoded.values():
             print(encoded.report)
 
