@@ -46,6 +46,9 @@ PROCESSOR = "processor_config.json"
 SHOWN = 3
 """Number of layers that an error names."""
 
+DTYPE = "float32"
+"""Precision of weights that are loaded without `dtype`."""
+
 LOADING = (
     *(
         "dtype",
@@ -154,7 +157,7 @@ def _load_whole(
 
 def _with_precision(options: Mapping[str, Any], quantization_config: Any) -> dict[str, Any]:
     """The options of `from_pretrained` with `dtype` (default: float32) and `quantization_config` in the present spelling."""
-    options = {"dtype": "float32", **options}
+    options = {"dtype": DTYPE, **options}
     options["dtype"] = options.pop("torch_dtype", options["dtype"])
     if options["dtype"] not in (None, "auto") and not isinstance(options["dtype"], torch.dtype | Mapping):
         options["dtype"] = _dtype(options["dtype"])

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from trl.errors import ConfigError, listed
+from trl.models.load import DTYPE
 from trl.models.score import unwrap
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _options(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 def _with_precision(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `load_model` with its default precision, which commands write out and scripts mostly leave out."""
     others = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
-    given = kwargs.get("dtype") or kwargs.get("torch_dtype") or "float32"
+    given = kwargs.get("dtype") or kwargs.get("torch_dtype") or DTYPE
     return {**others, "dtype": str(given).removeprefix("torch.")}
 
 

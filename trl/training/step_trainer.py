@@ -63,7 +63,7 @@ from trl.training.window import (
 )
 from trl.types import Metrics
 
-DECIDE_ALIKE = ("transformers", "trl")
+DECIDE_ALIKE = ("transformers", "trl", "trlx")
 """Packages whose callbacks make the same decisions on all processes."""
 DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 """What callbacks decide, as attributes of `TrainerControl`."""
