@@ -2,13 +2,14 @@
 
     FAST_PYTHON -m torch.distributed.run --nproc-per-node 2 program.py     as `python …`, and some seconds of work sooner
 
-`fast_python()` gives FAST_PYTHON: a command that looks to whoever starts it like the interpreter. It hands arguments, environment,
-working folder and standard streams to the server, which forks; it passes signals on, and ends as the program did. The processes of
-a test session share a server, which ends with the session, and a program ends with its command.
+`fast_python()` gives FAST_PYTHON: a command that looks to whoever starts it like the interpreter. It hands arguments,
+environment, working folder and standard streams to the server, which forks; it passes signals on, and ends as the
+program did. The processes of a test session share a server, which ends with the session, and a program ends with its
+command.
 
 What is read from the environment while libraries are imported (a GPU, HF_HOME) is as it was when the server began. A program ends
-without the last of what an interpreter does, which is to take apart what was imported and costs seconds; with TRL_TEST_WHOLE_END in
-its environment it does.
+without the last of what an interpreter does, which is to take apart what was imported and costs seconds; with
+TRL_TEST_WHOLE_END in its environment it does.
 """
 
 from __future__ import annotations
@@ -227,7 +228,8 @@ def serve(address: str, session: int) -> None:
         os._exit(0)
     for name in PRELOADED:
         importlib.import_module(name)
-    # torchrun names events by it, and it reads the sources of the whole stack, among thousands of modules: seconds for each start.
+    # torchrun names events by it, and it reads the sources of the whole stack, among thousands of modules: seconds for
+    # each start.
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = lambda depth=2: "unnamed"
     request = Server(address, session).serve()
     if request and WHOLE_END in request["environment"]:

@@ -62,7 +62,8 @@ NEARLY = 0.15
 
 
 def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """` Did you mean 'a' or 'b'?` from the known names most similar to `name`; empty if the similarity of all is below `cutoff`."""
+    """` Did you mean 'a' or 'b'?` from the known names most similar to `name`; empty if the similarity of all is below
+    `cutoff`."""
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=cutoff)
     alike = [difflib.SequenceMatcher(None, other, name).ratio() for other in near]
     near = [other for other, ratio in zip(near, alike, strict=True) if ratio > alike[0] - NEARLY]

@@ -83,7 +83,8 @@ def without_noise(*loggers: str) -> Iterator[None]:
 
 @contextmanager
 def unless_said(name: str, words: str, error: type[Exception]) -> Iterator[None]:
-    """Hold back messages of logger `name` that contain `words`: drop them if the block raises `error`, else emit them at its end."""
+    """Hold back messages of logger `name` that contain `words`: drop them if the block raises `error`, else emit them
+    at its end."""
     held: list[logging.LogRecord] = []
 
     def is_told(record: logging.LogRecord) -> bool:

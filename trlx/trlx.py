@@ -28,8 +28,8 @@ def train(
 ) -> Any:
     """Train a language model, and return the trainer.
 
-    Online, with `reward_fn`: sample completions of `prompts`, and learn from their rewards (PPO, RFT). Offline, with `samples` and
-    `rewards`: ILQL. With `samples` alone: fine-tuning.
+    Online, with `reward_fn`: sample completions of `prompts`, and learn from their rewards (PPO, RFT). Offline, with
+    `samples` and `rewards`: ILQL. With `samples` alone: fine-tuning.
 
     model_path       name or folder of a model, or a `PretrainedConfig`; replaces that of `config`
     reward_fn        (samples, prompts, outputs, tokenizer, **columns) -> one number per sample, or one list per sample with

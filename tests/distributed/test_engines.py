@@ -23,7 +23,8 @@ PROGRAM = Path(__file__).parent / "train.py"
 FULL = ("sft", "reward", "dpo", "kto", "grpo", "ppo", "step")
 LORA = tuple(f"{name}+lora" for name in FULL)
 OTHERS = ("early", "shared", "uneven", "few", "rloo", "reinforce", "online_dpo", "critic")
-"""A reference computed beforehand, or that shares layers, or moves; too few rows, or prompts; value models, and epochs cut short."""
+"""A reference computed beforehand, or that shares layers, or moves; too few rows, or prompts; value models, and epochs
+cut short."""
 CASES = {
     "ddp": (*FULL, "grpo+lora", "uneven", "bf16", "graphs"),
     "fsdp2": ("sft", "grpo", "step", "dpo+lora", "few"),

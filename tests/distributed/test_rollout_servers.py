@@ -1,4 +1,5 @@
-"""Two processes of a trainer with one server, under engines that shard: all are served, and weights are gathered layer by layer."""
+"""Two processes of a trainer with one server, under engines that shard: all are served, and weights are gathered layer
+by layer."""
 
 from __future__ import annotations
 

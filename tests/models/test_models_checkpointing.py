@@ -23,7 +23,8 @@ def test_as_few_layers_as_memory_asks_for(free, count):
 
 
 def test_what_is_kept_for_backward_by_hand():
-    """Of rows of 3 through 3 → 5, tanh and 5 → 2, in float32: the input, and the tanh's output once, which two operations read."""
+    """Of rows of 3 through 3 → 5, tanh and 5 → 2, in float32: the input, and the tanh's output once, which two
+    operations read."""
     net, x = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Tanh(), nn.Linear(5, 2, bias=False)), torch.ones(7, 3)
     with torch.no_grad():
         assert kept_for_backward(lambda: net(x), net.parameters()) == [4 * (7 * 3 + 7 * 5)]

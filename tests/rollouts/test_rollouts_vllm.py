@@ -1,6 +1,8 @@
-"""vLLM in process, by a fake with vLLM's calls that samples with this library: what is asked of it, in which order, and what is said.
+"""vLLM in process, by a fake with vLLM's calls that samples with this library: what is asked of it, in which order, and
+what is said.
 
-vLLM itself is asked in `tests/vllm`. What a CPU does not have is tried here alone: memory that is given up between rollout batches.
+vLLM itself is asked in `tests/vllm`. What a CPU does not have is tried here alone: memory that is given up between
+rollout batches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Checkpoints whose weights have other names than the model's own: runs that go on from them, and the best of them, have all of it."""
+"""Checkpoints whose weights have other names than the model's own: runs that go on from them, and the best of them,
+have all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Layers are checkpointed as the memory that is free asks for: decided before the first step, said, and without another number."""
+"""Layers are checkpointed as the memory that is free asks for: decided before the first step, said, and without another
+number."""
 
 import logging
 import math

@@ -1,4 +1,5 @@
-"""What the tests against vLLM share: a model that its kernels take, prompts, and how far samples are from the trainer's scores."""
+"""What the tests against vLLM share: a model that its kernels take, prompts, and how far samples are from the trainer's
+scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""vLLM in the trainer's process: run where TRL_TEST_VLLM names the program `vllm` of an environment that has trl's libraries too."""
+"""vLLM in the trainer's process: run where TRL_TEST_VLLM names the program `vllm` of an environment that has trl's
+libraries too."""
 
 from __future__ import annotations
 

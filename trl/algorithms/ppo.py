@@ -94,7 +94,8 @@ class PPOOptions:
     """Clip scores to ± this, after scaling. None: no clipping."""
 
     ratio_threshold: float = 10
-    """Skip micro-batches whose mean probability ratio is above this. A mini-batch is one micro-batch unless it has to be split."""
+    """Skip micro-batches whose mean probability ratio is above this. A mini-batch is one micro-batch unless it has to
+    be split."""
 
 
 @dataclass(kw_only=True)

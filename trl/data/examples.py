@@ -140,7 +140,8 @@ def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
 
 
 def _labelled(example: Example, *, always: bool) -> dict[str, list[int]]:
-    """An example with one completion in the form that collators take: with labels if not all tokens are trained on, or `always`."""
+    """An example with one completion in the form that collators take: with labels if not all tokens are trained on, or
+    `always`."""
     ids, (completion,) = _flat(example), example.completions
     if not always and not example.prompt and completion.mask is None:
         return {"input_ids": ids}

@@ -75,6 +75,7 @@ def _start_of_run(here: Tensor, *values: Tensor) -> Tensor:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Per block of queries, the number of selected key blocks `[B,1,Q]`, and all key blocks with these first `[B,1,Q,K]`; int32."""
+    """Per block of queries, the number of selected key blocks `[B,1,Q]`, and all key blocks with these first
+    `[B,1,Q,K]`; int32."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]

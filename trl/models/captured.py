@@ -117,7 +117,8 @@ class Captured:
     # ---- check against the eager layers ----
 
     def run_eagerly(self) -> tuple[Tensor, Tensor]:
-        """Hidden states `[B,T,H]` and the norms of gradients of inputs and weights, without a graph. The RNG state is restored."""
+        """Hidden states `[B,T,H]` and the norms of gradients of inputs and weights, without a graph. The RNG state is
+        restored."""
         before = _allocated(self.device)
         with preserved_rng(self.device):
             hidden = self._run()

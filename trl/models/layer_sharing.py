@@ -4,7 +4,8 @@
 
 The policy, a reference that shares its lower layers, and a value branch differ only in their upper layers. The output of the
 lower layers is recorded in the policy's forward. The second model then runs its whole forward, in which the lower layers return
-the recorded output at once. So masks, position embeddings and other arguments of the layers come from the architecture's own code.
+the recorded output at once. So masks, position embeddings and other arguments of the layers come from the
+architecture's own code.
 """
 
 from __future__ import annotations

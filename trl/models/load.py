@@ -269,7 +269,8 @@ def keep_unpacked(model: torch.nn.Module) -> None:
 
 
 def keep_own_loss(model: torch.nn.Module) -> None:
-    """Disable the SFT loss that unsloth adds to models on a CPU: it needs rows as dicts of tensors, and trainers have their own."""
+    """Disable the SFT loss that unsloth adds to models on a CPU: it needs rows as dicts of tensors, and trainers have
+    their own."""
     for module in model.modules():
         if "_unsloth_cpu_chunked_ce" in vars(module):
             module._unsloth_cpu_chunked_ce = False

@@ -120,7 +120,8 @@ def has_triton() -> bool:
 
 
 def _chunks(count: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows with at most `CHUNK_ELEMENTS` logits each. Yields one slice for empty input, so that outputs have a shape."""
+    """Slices of rows with at most `CHUNK_ELEMENTS` logits each. Yields one slice for empty input, so that outputs have
+    a shape."""
     rows = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ACCELERATOR) // vocabulary)
     for start in range(0, max(count, 1), rows):
         yield slice(start, start + rows)

@@ -3,8 +3,9 @@
     p = act(g) ⊙ u          act(x) = x σ(z):  z = x (SiLU),  or z = 2 √(2/π) (x + 0.044715 x³) (GELU by tanh)
     act′(x) = σ(z) + x σ(z) (1 − σ(z)) z′
 
-With PyTorch's operations this takes two kernels forward and three backward, and two more if act(g) and p are recomputed. The kernel
-rounds to the input's dtype where PyTorch does: act(g), p, and the gradient of act(g). All else is computed in float32.
+With PyTorch's operations this takes two kernels forward and three backward, and two more if act(g) and p are
+recomputed. The kernel rounds to the input's dtype where PyTorch does: act(g), p, and the gradient of act(g). All else
+is computed in float32.
 """
 
 from __future__ import annotations

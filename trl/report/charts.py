@@ -16,7 +16,8 @@ MAIN = 8
 
 
 def chart_data(chart: Chart) -> dict[str, Any]:
-    """The lines of a chart over common steps, in the format of uPlot: a value or null for every step; smoothed lines come last."""
+    """The lines of a chart over common steps, in the format of uPlot: a value or null for every step; smoothed lines
+    come last."""
     lines = [(series.label, False, thinned(series.points)) for series in chart.series]
     if is_smoothed(chart.name):
         smooth = [(series.label, True, smoothed(series.points)) for series in chart.series]

@@ -31,7 +31,8 @@ class CPOConfig(DPOConfig):
     has 0."""
 
     alphapo_alpha: float = 0.0
-    """Shape of AlphaPO's reward (arXiv:2501.03884); with loss_type="simpo", whose reward has 0, another value makes it AlphaPO."""
+    """Shape of AlphaPO's reward (arXiv:2501.03884); with loss_type="simpo", whose reward has 0, another value makes it
+    AlphaPO."""
 
     reference_free: Literal[True] = True
     """Always true: none of these losses has a reference."""

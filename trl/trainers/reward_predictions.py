@@ -83,5 +83,6 @@ class PredictsRewards(BaseTrainer):
         return None, torch.stack(predictions), torch.stack(labels)
 
     def gather_predictions(self, predictions: Any) -> Any:
-        """Return `predictions`: `prediction_step` gathers them, since a process whose rows are all repeated has none to gather."""
+        """Return `predictions`: `prediction_step` gathers them, since a process whose rows are all repeated has none to
+        gather."""
         return predictions

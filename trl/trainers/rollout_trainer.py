@@ -199,7 +199,8 @@ class RolloutTrainer(BaseTrainer):
             raise self._with_checkpoint(error) from error
 
     def _next_rollout_batch(self) -> list[Minibatch]:
-        """Call `roll_out`; if the engine fails, go back to where it began, so that the next try has the same prompts and seeds."""
+        """Call `roll_out`; if the engine fails, go back to where it began, so that the next try has the same prompts
+        and seeds."""
         before = self.prompts.cursor, self.sampler.samplings["train"]
         try:
             return self.roll_out()

@@ -31,7 +31,8 @@ class NonFiniteError(TrlError):
 
 
 def propagate_nonfinite(loss: Tensor) -> Tensor:
-    """The same loss, whose gradient is non-finite if the loss is. Otherwise a NaN from a constant would not reach the gradient."""
+    """The same loss, whose gradient is non-finite if the loss is. Otherwise a NaN from a constant would not reach the
+    gradient."""
     return loss * (1 + 0 * loss.detach())
 
 
@@ -66,7 +67,8 @@ class SkippedSteps:
         self.skipped_since_log += skipped
 
     def corrected(self, logs: Mapping[str, float]) -> dict[str, float]:
-        """Correct the loss in `logs` to the mean over steps that were not skipped (NaN if all were); reset counts since the log."""
+        """Correct the loss in `logs` to the mean over steps that were not skipped (NaN if all were); reset counts since
+        the log."""
         taken, steps = self.since_log - self.skipped_since_log, self.since_log
         self.since_log = self.skipped_since_log = 0
         found = {**logs, "skipped_steps": self.skipped} if self.skipped else dict(logs)

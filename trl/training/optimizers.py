@@ -32,7 +32,8 @@ class StateSizes:
         return [parameter.nbytes] * STATES.get(self.name.removeprefix("paged_").removesuffix("_32bit"), 2)
 
     def scratch(self, model: nn.Module) -> int:
-        """Bytes of temporary memory of an update: torch's AdamW, if not fused, computes the roots of all second moments at once."""
+        """Bytes of temporary memory of an update: torch's AdamW, if not fused, computes the roots of all second moments
+        at once."""
         if self.device == "cpu" or self.name not in ("adamw", "adamw_torch"):
             return 0
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)

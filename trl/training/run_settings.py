@@ -1,8 +1,8 @@
 """The settings of a run, saved in its checkpoints, and compared when it is resumed.
 
 Differences that would make the resumed run wrong are errors: another trainer, another optimizer, other trained parameters.
-Differences that may be intended are warnings: other rows, other options. A warning also names changed options that have no effect,
-because the checkpoint's optimizer state contains them.
+Differences that may be intended are warnings: other rows, other options. A warning also names changed options that have
+no effect, because the checkpoint's optimizer state contains them.
 """
 
 from __future__ import annotations

@@ -245,7 +245,8 @@ class StepTrainer(ResumableTrainer):
         return loss
 
     def _gradient_check(self) -> GradientCheck | None:
-        """A check of the first backward pass; None later, and if parameters are sharded, or `torch_compile` would compile hooks."""
+        """A check of the first backward pass; None later, and if parameters are sharded, or `torch_compile` would
+        compile hooks."""
         if self._has_checked_gradients or self.is_sharded or self.args.torch_compile:
             return None
         self._has_checked_gradients = True

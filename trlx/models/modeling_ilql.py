@@ -42,4 +42,5 @@ class ILQLConfig(MethodConfig):
     """Train two Q heads, and use the minimum of their target heads."""
 
     gen_kwargs: dict[str, Any] = field(default_factory=lambda: dict(GEN_KWARGS))
-    """Sampling options, and `beta`, the strength of guidance by Q − V; evaluation runs once per value of an option that is a list."""
+    """Sampling options, and `beta`, the strength of guidance by Q − V; evaluation runs once per value of an option that
+    is a list."""

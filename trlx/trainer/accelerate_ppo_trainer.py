@@ -37,7 +37,8 @@ class ScaledPPO(PPO):
     """PPO that divides scores and rewards of tokens, after clipping, by a standard deviation."""
 
     scaling: str | None = None
-    """Which standard deviation: "running", of all scores so far; "ref", `ref_std` or that of the first rollouts; None, no scaling."""
+    """Which standard deviation: "running", of all scores so far; "ref", `ref_std` or that of the first rollouts; None,
+    no scaling."""
 
     ref_std: float | None = None
     """Standard deviation for "ref"."""

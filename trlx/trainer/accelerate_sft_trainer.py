@@ -36,7 +36,8 @@ class _SFTTrainer(Scheduled, SFTTrainer):
 
 @register_trainer
 class AccelerateSFTTrainer(AccelerateRLTrainer):
-    """Fine-tunes on all tokens of samples that are texts, and on the outputs of dialogues. Arguments: see `AccelerateRLTrainer`."""
+    """Fine-tunes on all tokens of samples that are texts, and on the outputs of dialogues. Arguments: see
+    `AccelerateRLTrainer`."""
 
     method_class = SFTConfig
 

@@ -78,7 +78,8 @@ class ILQLHeads(ValueHead):
             return self.summary(self.inner(hidden).relu()).squeeze(-1)
 
     def taken(self, hidden: Tensor, action: Tensor) -> dict[str, Tensor]:
-        """For actions `[M]` in states `[M,H]`: `q_i` and `q_logprobs_i` of each Q head, and `target_q` = min_i Q'_i; `[M]` each."""
+        """For actions `[M]` in states `[M,H]`: `q_i` and `q_logprobs_i` of each Q head, and `target_q` = min_i Q'_i;
+        `[M]` each."""
         hidden, found = self._read(hidden), {}
         with torch.autocast(hidden.device.type, enabled=False):
             for i, q in enumerate(self.qs):

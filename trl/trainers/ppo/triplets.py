@@ -29,7 +29,8 @@ def read_triplets(
     vocabulary: int | None = None,
     inputs: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[Example]:
-    """The triplets of a batch, each a prompt with one completion; ids of shape `[L]` or `[1,L]`. `masks` have the shapes of `responses`.
+    """The triplets of a batch, each a prompt with one completion; ids of shape `[L]` or `[1,L]`. `masks` have the
+    shapes of `responses`.
 
     `inputs` are the model's other inputs for each query: see `trl.types.Example`. A leading `start_token`, with which an
     encoder-decoder's responses begin, is removed. Ids have to be below `vocabulary`, unless it is None.
