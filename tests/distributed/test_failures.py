@@ -21,6 +21,13 @@ RANK, KIND = int(os.environ["RANK"]), sys.argv[2]
 
 
 class Failing(SFTTrainer):
+    def prepare_model(self):
+        super().prepare_model()
+        if KIND == "start":
+            if RANK == 1:
+                raise ArithmeticError("the start of process 1")
+            self.accelerator.wait_for_everyone()
+
     def loss(self, model, batch):
         if RANK == 1 and self.state.global_step == 2:
             if KIND == "raise":
@@ -45,6 +52,14 @@ def ends(kind: str, folder: Path) -> str:
 def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
     monkeypatch.setenv(WHOLE_END, "1")
     assert "ArithmeticError: the third step of process 1" in ends("raise", tmp_path)
+
+
+def test_an_error_before_training_is_all_that_is_told(tmp_path, monkeypatch):
+    """The process that waits says in one line that another has failed, without the text of its lost connection."""
+    monkeypatch.setenv(WHOLE_END, "1")
+    errors = ends("start", tmp_path)
+    assert "ArithmeticError: the start of process 1" in errors
+    assert "by peer" not in errors.lower()
 
 
 def test_a_wait_has_a_limit(tmp_path):

@@ -30,7 +30,7 @@ from trl.trainers.option_checks import (
     leave_mps,
 )
 from trl.trainers.option_effects import warn_of_options
-from trl.training.parallel import check_processes, processes_on_cpu, read_on_every_process
+from trl.training.parallel import check_processes, processes_on_cpu, read_on_every_process, tell_exits_shortly
 
 ALIASES = {
     "max_seq_length": "max_length",
@@ -248,6 +248,7 @@ class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
             check_processes(self)
         check_entries(self)
         read_on_every_process(self)
+        tell_exits_shortly(self)
         self.plans_checkpointing = plans
 
     def __setattr__(self, name: str, value: Any) -> None:

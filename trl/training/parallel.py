@@ -13,10 +13,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import TracebackType
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -33,9 +35,12 @@ SHARDING = {
 }
 """Environment variable of a launcher → the parallelism that it requests."""
 
+EXITED = ("by peer", "remote process exit")
+"""Words in error messages of gloo and NCCL when another process has exited."""
+
 LOST = {
     "timed out": "one of them did not arrive within ddp_timeout={limit} s. It hangs, or has more work than this one",
-    "by peer": "one of them has exited. Its own error says why",
+    **dict.fromkeys(EXITED, "one of them has exited. Its own error says why"),
 }
 """Words in error messages of gloo and NCCL → what happened."""
 
@@ -169,6 +174,37 @@ def explain_waits(args: TrainingArguments, steps: Callable[[], int]) -> Iterator
             f"Process {args.process_index} of {args.world_size} waited for the others in step "
             f"{steps() + 1}: {reason.format(limit=args.ddp_timeout)}."
         ) from error
+
+
+def tell_exits_shortly(args: TrainingArguments) -> None:
+    """With several processes, print one line when this one ends because another has exited, in place of gloo's or NCCL's text.
+
+    A failure in one process ends the waits of the others, wherever they wait: while models are loaded and rows encoded, in
+    training, while a model is saved or pushed.
+    """
+    if args.world_size == 1 or getattr(sys.excepthook, "_tells_exits", False):
+        return
+    plain = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not has_exited(error):
+            plain(kind, error, trace)
+            return
+        print(
+            f"Process {args.process_index} of {args.world_size} ends, since another process has failed: see the error in that "
+            "one's output.",
+            file=sys.stderr,
+        )
+
+    hook._tells_exits = True
+    sys.excepthook = hook
+
+
+def has_exited(error: BaseException | None) -> bool:
+    """Whether an error, or the one that caused it, is that of a wait for a process that has exited."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(words in str(error).lower() for words in EXITED) or has_exited(error.__cause__)
 
 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:
