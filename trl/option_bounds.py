@@ -134,10 +134,10 @@ def check_numeric(config: Any) -> None:
     for name, kind in kinds_of(type(config)).items():
         given = getattr(config, name, None)
         numeric = {"int", "float"} & {*kind.scalars, *(kind.item.scalars if kind.item else ())}
-        misfits = kind.invalid_items(given) if numeric and not kind.choices else []
-        if any(isinstance(misfit, str) for misfit in misfits):
+        invalid = kind.invalid_items(given) if numeric and not kind.choices else []
+        if any(isinstance(value, str) for value in invalid):
             raise ConfigError(f"{name}={given!r} is text: give {kind}.")
-        if any(isinstance(misfit, float) and not misfit.is_integer() for misfit in misfits):
+        if any(isinstance(value, float) and not value.is_integer() for value in invalid):
             raise ConfigError(f"{name}={given!r}: give {kind}.")
 
 
