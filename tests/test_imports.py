@@ -37,7 +37,7 @@ LEVELS = [
     {"rollouts", "rewards", "training", "report", "diffusion", "label"},
     {"callbacks"},
     {"trainers"},
-    {"core", "demo", "evaluation", "sweep"},
+    {"classic", "core", "demo", "evaluation", "sweep"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from trl.compat import LegacyImportFinder, missing
+from trl.compat import CLASSIC, LegacyImportFinder, missing
 from trl.lazy import load, modules_of
 
 __version__ = "2.0.0.dev0"
@@ -17,9 +17,10 @@ sys.meta_path.append(LegacyImportFinder())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    module = _MODULE_OF.get(name) or ("trl.classic" if name in CLASSIC else "")
+    if not module:
         raise missing("trl", name)
-    return load(__name__, name, _MODULE_OF[name])
+    return load(__name__, name, module)
 
 
 def __dir__() -> list[str]:

@@ -57,6 +57,16 @@ MODULES = ("_config", "_trainer", "_utils", "callbacks", "cli", "core", "judges"
 METHODS = ("trl.experimental", "trl.scripts")
 """Packages in which every name is a submodule, one per method."""
 
+_CLASSIC = """
+DPOScriptArguments DpoScriptArguments RewardScriptArguments SFTScriptArguments SIMPLE_CHAT_TEMPLATE
+SIMPLE_SFT_CHAT_TEMPLATE SftScriptArguments aesthetic_scorer conversations_formatting_function
+init_zero_verbose is_bitsandbytes_available is_deepspeed_available is_diffusers_available
+is_liger_kernel_available is_mergekit_available is_npu_available is_peft_available is_rich_available
+is_unsloth_available is_vllm_available is_wandb_available is_xpu_available strtobool
+"""
+CLASSIC = frozenset(_CLASSIC.split())
+"""Names of `trl.classic`, which scripts of other releases import."""
+
 OBJECTIVE = "an algorithm of your own is a class with `advantages` and `loss`: see examples/own_algorithm.py."
 PADDING = "trainers pad and mask by themselves: leave `data_collator` out."
 REPORT = "`log_completions` logs completions, and every run writes a report with samples: see `trl report`."
@@ -84,19 +94,9 @@ _TOGETHER = {
         "RandomPairwiseJudge RandomRankJudge"
     ),
     SIX_LINES: "BEMACallback MergeModelCallback",
-    "look for the package itself: `importlib.util.find_spec`.": (
-        "is_bitsandbytes_available is_deepspeed_available is_diffusers_available is_liger_kernel_available "
-        "is_mergekit_available is_peft_available is_rich_available is_unsloth_available is_vllm_available is_wandb_available"
-    ),
-    "`setup_chat_format` gives a tokenizer a chat template, and `chat_template_path` takes one from a file.": (
-        "SIMPLE_CHAT_TEMPLATE SIMPLE_SFT_CHAT_TEMPLATE"
-    ),
     "give a `rollout_func`: see docs/scaling.md.": "generate_rollout_completions get_nemo_gym_rollout_func",
     PADDING: "DPODataCollatorWithPadding DataCollatorForPreference RewardDataCollatorWithPadding",
-    "use `ScriptArguments`.": (
-        "DPOScriptArguments GRPOScriptArguments KTOScriptArguments RLOOScriptArguments RewardScriptArguments "
-        "SFTScriptArguments"
-    ),
+    "use `ScriptArguments`.": "GRPOScriptArguments KTOScriptArguments RLOOScriptArguments",
     REPORT: "LogCompletionsCallback WeaveCallback WinRateCallback",
     "use `OnlineDPOTrainer`.": "NashMDTrainer XPOTrainer",
     "tool calls are not supported yet; `PPOTrainer.step` trains on rollouts that your own loop produced.": (
@@ -124,9 +124,6 @@ REMOVED |= {
     "disable_dropout_in_model": "set `disable_dropout=True` of the configuration.",
     "generate_model_card": "every trainer writes one: `trainer.create_model_card()`.",
     "get_training_chat_template": "`assistant_only_loss=True` works with any chat template, unpatched.",
-    "init_zero_verbose": "set the level of Python's `logging`.",
-    "is_npu_available": "import it from `transformers.utils`.",
-    "is_xpu_available": "import it from `accelerate.utils`.",
     "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights keep the dtype that they were loaded in.",
     "prepare_multimodal_messages": "rows with images are read as they are: see docs/vision.md.",
     "truncate_dataset": "set `max_length` of the configuration: trainers count truncated rows, and report them.",
@@ -209,9 +206,13 @@ def asks_for_nothing(name: str, value: Any) -> bool:
 
 def remedy(name: str, known: Iterable[str]) -> str:
     """End of an error message: what to use instead of a removed option or argument; else a similar name from `known`."""
-    if name not in (remedies := ARGUMENTS | OPTIONS):
-        return suggest(name, known)
-    return f" {remedies[name][0].upper()}{remedies[name][1:]}"
+    return advice_on(name) or suggest(name, known)
+
+
+def advice_on(name: str) -> str:
+    """What to use instead of a removed option or argument, as the end of an error message; "" for other names."""
+    advice = (ARGUMENTS | OPTIONS).get(name, "")
+    return advice and f" {advice[0].upper()}{advice[1:]}"
 
 
 def reject_unused_overrides(cls: type, hooks: Mapping[str, str]) -> None:
@@ -276,6 +277,8 @@ def names_for(path: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         trl = importlib.import_module("trl")
+        if name in CLASSIC:
+            return getattr(importlib.import_module("trl.classic"), name)
         if name.startswith("__") or name not in trl.__all__:
             raise missing(path, name)
         return getattr(trl, name)

@@ -1,12 +1,13 @@
 """Check option names: accept older aliases, and reject unknown names with a suggestion of the most similar one.
 
 @dataclass
-class MyConfig(metaclass=OptionNames):
+class MyConfig(Options):
     ALIASES: ClassVar[dict[str, str]] = {"max_seq_length": "max_length", "infinite": ""}
     max_length: int = 1024
 
 MyConfig(max_seq_length=8)       the same as MyConfig(max_length=8)
 MyConfig(max_lenght=8)           ConfigError: MyConfig has no option 'max_lenght'. Did you mean 'max_length'?
+MyConfig().max_seq_length        the value of max_length; so does assigning to it set max_length
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trl.compat import asks_for_nothing, remedy
+from trl.compat import advice_on, asks_for_nothing, remedy
 from trl.errors import ConfigError
 from trl.option_types import settable
 
@@ -72,3 +73,28 @@ class OptionNames(type):
             if today:
                 known[today], spelled[today] = value, name
         return known
+
+
+class Options(metaclass=OptionNames):
+    """Base class of configurations, whose options can be read and set under their older names, too."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """The value of the option that `name` is an older name of."""
+            cls = type(self)
+            if today := cls.ALIASES.get(name):
+                return getattr(self, today)
+            if name in cls.ALIASES:
+                raise AttributeError(f"{cls.__name__}.{name} has no value: the option has no effect in this release.")
+            raise AttributeError(f"{cls.__name__} has no option {name!r}.{advice_on(name)}")
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an option by its current or an older name. Raises ConfigError for options that no longer exist."""
+            cls = type(self)
+            refuse_outdated(name, value)
+            if name not in cls.__dataclass_fields__:
+                if (advice := advice_on(name)) and not asks_for_nothing(name, value):
+                    raise ConfigError(f"{cls.__name__} has no option {name!r}.{advice}")
+                name = cls.ALIASES.get(name) or name
+            super().__setattr__(name, value)

@@ -375,10 +375,6 @@ WRONG = {
         {"loss_type": "orpo", "precompute_ref_log_probs": True},
         r"loss_type='orpo' uses no reference: leave out sync_ref_model and precompute_ref_log_probs",
     ),
-    "reference and new adapter": (
-        {"ref_model": "x", "peft_config": LORA},
-        r"together with peft_config. Leave ref_model out.*force_use_ref_model=True",
-    ),
     "moving an adapter's reference": ({"sync_ref_model": True, "peft_config": LORA}, r"train without an adapter"),
     "old name": ({"max_completion_length": 5}, r"DPOConfig has no option 'max_completion_length'"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -288,9 +290,46 @@ def test_an_option_of_two_classes_reaches_both(tmp_path):
 
 def test_older_names_of_what_is_no_trainer():
     assert ScriptArguments(ignore_bias_buffers=True) == ScriptArguments()
+    assert not ScriptArguments().ignore_bias_buffers
     assert ModelConfig(torch_dtype="bfloat16").dtype == "bfloat16"
+    (parsed,) = HfArgumentParser(ModelConfig).parse_args_into_dataclasses(["--torch_dtype", "bfloat16"])
+    assert parsed.torch_dtype == "bfloat16"
     with pytest.raises(ConfigError, match="this is attn_implementation='flash_attention_2' today"):
         ModelConfig(use_flash_attention_2=True)
+
+
+@pytest.mark.parametrize(("trainer", "rows"), [(DPOTrainer, PAIRS), (KTOTrainer, LABELLED)])
+def test_an_adapter_learns_against_a_reference_of_its_own(make_model, tmp_path, caplog, trainer, rows):
+    """The rewards are those against the given reference, which is another model here."""
+    other, options = (
+        make_model("llama", seed=1),
+        {"peft_config": LoraConfig(r=2), "ref_model": make_model("llama", seed=1)},
+    )
+    found = made(trainer, make_model("llama"), rows, tmp_path, given=options, max_steps=1)
+    assert "ref_model was given together with peft_config" in caplog.text
+    found.train()
+    whole = made(
+        trainer, make_model("llama"), rows, tmp_path, given={"ref_model": other}, max_steps=1, overwrite_output_dir=True
+    )
+    whole.train()
+    first, second = (run.state.log_history[0]["rewards/chosen"] for run in (found, whole))
+    assert first == pytest.approx(second, rel=1e-4)
+    assert first != pytest.approx(0, abs=1e-3)
+
+
+def test_options_are_read_and_set_by_older_names(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), report_to=[], max_seq_length=8)
+    args.max_seq_length *= 2
+    assert (args.max_length, copy.deepcopy(args).max_seq_length) == (16, 16)
+    model = ModelConfig()
+    model.torch_dtype = "bfloat16"
+    assert model.dtype == "bfloat16"
+    with pytest.raises(AttributeError, match="chars_per_token has no value"):
+        args.chars_per_token  # noqa: B018
+    with pytest.raises(AttributeError, match="SFTConfig has no option 'sft_model_path'. Give the trainer `model`"):
+        args.sft_model_path  # noqa: B018
+    with pytest.raises(ConfigError, match="DPOConfig has no option 'generate_during_eval'. `log_completions`"):
+        DPOConfig(output_dir=str(tmp_path), report_to=[]).generate_during_eval = True
 
 
 @pytest.mark.parametrize("config", CONFIGS)

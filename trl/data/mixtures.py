@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from trl.data.renaming import names_of, pairs_of
 from trl.data.sources import check_place, load_rows
 from trl.errors import ConfigError, DataError, suggest, unknown
-from trl.option_names import OptionNames
+from trl.option_names import Options
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +26,7 @@ Stopping = Literal["first_exhausted", "all_exhausted", "all_exhausted_without_re
 
 
 @dataclass
-class DatasetConfig(metaclass=OptionNames):
+class DatasetConfig(Options):
     """One dataset of a mixture."""
 
     path: str
@@ -69,7 +69,7 @@ class DatasetConfig(metaclass=OptionNames):
 
 
 @dataclass
-class DatasetMixtureConfig(metaclass=OptionNames):
+class DatasetMixtureConfig(Options):
     """Several datasets, concatenated or interleaved."""
 
     datasets: list[DatasetConfig] = field(default_factory=list)

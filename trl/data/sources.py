@@ -19,7 +19,7 @@ from trl.counts import counted
 from trl.data.file_checks import check_letters, check_table, where_json_breaks
 from trl.data.renaming import pairs_of, renamed
 from trl.errors import ConfigError, DataError, listed, suggest
-from trl.option_names import OptionNames
+from trl.option_names import Options
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -48,10 +48,12 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass
-class ScriptArguments(metaclass=OptionNames):
+class ScriptArguments(Options):
     """The dataset of a run."""
 
     ALIASES: ClassVar[dict[str, str]] = {"ignore_bias_buffers": ""}
+    ignore_bias_buffers: ClassVar[bool] = False
+    """For scripts that read it: DDP does not synchronise buffers of boolean masks here."""
 
     dataset_name: list[str] | str | None = None
     """Hub name, folder (of data files, or written by `save_to_disk`), or files: .jsonl .json .csv .tsv .parquet .arrow .txt."""

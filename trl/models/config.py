@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trl.errors import ConfigError, unknown
 from trl.imports import check_available
 from trl.models.attention_packages import check_attention_packages
-from trl.option_names import OptionNames
+from trl.option_names import Options
 from trl.option_types import check_choices
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Task = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_AN
 
 
 @dataclass
-class ModelConfig(metaclass=OptionNames):
+class ModelConfig(Options):
     """The model, its precision, adapters and quantisation."""
 
     ALIASES: ClassVar[dict[str, str]] = {"torch_dtype": "dtype", "use_flash_attention_2": ""}
@@ -38,7 +38,7 @@ class ModelConfig(metaclass=OptionNames):
     adapter_name_or_path: str | None = None
     """Adapter to load on the model. Not needed if `model_name_or_path` is an adapter: its base model is then loaded, too."""
 
-    dtype: str | None = "float32"
+    dtype: str | None = field(default="float32", metadata={"aliases": ["--torch_dtype"]})
     """Precision of the weights: "float32", "bfloat16", "float16", or "auto" for that in which they were saved."""
 
     attn_implementation: str | None = None

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from trl.errors import ConfigError
 from trl.noise import say_once
 from trl.option_bounds import check_bounds
-from trl.option_names import OptionNames
+from trl.option_names import OptionNames, Options
 from trl.option_types import check_choices, describe_fields
 from trl.trainers.mapping_options import check_entries, check_mappings
 from trl.trainers.option_checks import (
@@ -92,7 +92,7 @@ def liger_layers(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
 
 
 @dataclass
-class TrainerConfig(TrainingArguments, metaclass=_ConfigMeta):
+class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
     """Options that all trainers share, on top of `transformers.TrainingArguments`."""
 
     ALIASES: ClassVar[dict[str, str]] = ALIASES

@@ -69,7 +69,7 @@ class PreferenceConfig(EvalSamplesOptions, ReferenceConfig):
     """Name of the adapter that serves as reference."""
 
     force_use_ref_model: bool = False
-    """Allow `ref_model` together with `peft_config`; without it, the model without its adapter is the reference."""
+    """Do not warn of `ref_model` together with `peft_config`, where the model without its adapter could be the reference."""
 
     padding_free: bool = False
     """For older scripts: layout="auto" avoids padding wherever the model can. An error with layout="padded"."""
@@ -162,9 +162,9 @@ class PreferenceTrainer(PredictsRewards):
                 f"ref_model was given, but loss_type={self.args.loss_type!r} uses no reference: leave it out."
             )
         if peft_config is not None and not self.args.force_use_ref_model:
-            raise ConfigError(
-                "ref_model was given together with peft_config. Leave ref_model out: the reference is then the model without "
-                "the new adapter, which takes no memory. To use another model, set force_use_ref_model=True."
+            logger.warning(
+                "ref_model was given together with peft_config, and takes memory of its own. Without ref_model, the reference is "
+                "the model without the new adapter. To use another model without this warning, set force_use_ref_model=True."
             )
         if self.args.ref_adapter_name is not None:
             raise ConfigError("ref_model and ref_adapter_name both name the reference: give one of them.")

@@ -13,13 +13,13 @@ import torch
 from trl.errors import ConfigError
 from trl.imports import check_available
 from trl.option_bounds import check_bounds
-from trl.option_names import OptionNames
+from trl.option_names import Options
 
 SCRIPT = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
 
 
 @dataclass
-class ClassicConfig(metaclass=OptionNames):
+class ClassicConfig(Options):
     """Options shared by `DDPOConfig` and `AlignPropConfig`."""
 
     exp_name: str = SCRIPT
