@@ -183,6 +183,23 @@ def test_rest_is_handed_back():
     assert (data.path, rest) == ("a", ["--mine", "3"])
 
 
+def test_unknown_keys_of_files_are_handed_back_if_asked_for(tmp_path, caplog):
+    """As scripts want it that are started by `accelerate launch` with the file that configures both."""
+    (tmp_path / "sft.yaml").write_text("path: a\nnum_processes: 2")
+    parser, words = TrlParser((Data, Training), prog="trl sft"), ["--config", str(tmp_path / "sft.yaml"), "--mine", "3"]
+    unknown, rest = ["--num_processes", "2"], ["--mine", "3"]
+    assert parser.parse_args_and_config(words, return_remaining_strings=True)[2:] == (unknown + rest,)
+    apart = parser.parse_args_and_config(words, return_remaining_strings=True, separate_remaining_strings=True)
+    assert apart[2:] == (unknown, rest)
+    data, _ = parser.parse_args_and_config(words[:2], fail_with_unknown_args=False)
+    assert data.path == "a"
+    assert "--num_processes 2" in caplog.text
+    with pytest.raises(ConfigError, match="Unknown option --mine"):
+        parser.parse_args_and_config(words, fail_with_unknown_args=False)
+    with pytest.raises(ConfigError, match="unknown key 'num_processes'"):
+        parser.parse_args_and_config(words[:2])
+
+
 def test_a_process_ends_with_a_message(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py", "--reprot_to", "3"])
     with pytest.raises(SystemExit) as ended:

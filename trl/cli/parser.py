@@ -6,6 +6,7 @@ receive the values. Every error is a ConfigError that names the option or key, w
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -22,6 +23,8 @@ from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
 from trl.errors import ConfigError, TrlError, suggest, suggest_beside
 from trl.option_types import settable
+
+logger = logging.getLogger(__name__)
 
 HELP = {"-h": "short", "--help": "short", "--help-all": "all", "--help_all": "all"}
 NEGATION = "no_"
@@ -40,6 +43,8 @@ class ParsedOptions:
     environment: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
+    rest_of_files: list[str] = field(default_factory=list)
+    """Unknown keys of files and their values, written as words."""
     help: str = ""
     """"short" or "all" if help was requested, else empty."""
     outdated: dict[str, Any] = field(default_factory=dict)
@@ -58,18 +63,20 @@ class OptionParser:
         self.options = {option.name: option for option in options}
         self.aliases = {old: new for old, new in (aliases or {}).items() if new in ("", *self.options)}
 
-    def parse(self, words: Sequence[str], *, keep_words: bool = False, keep_rest: bool = False) -> ParsedOptions:
+    def parse(
+        self, words: Sequence[str], *, keep_words: bool = False, keep_rest: bool = False, keep_keys: bool = False
+    ) -> ParsedOptions:
         """Parse `words` and the files named in them.
 
         With `keep_words`, positional words are collected in `rest` instead of refused; with `keep_rest`, unknown
-        options too. Raises ConfigError.
+        options too; with `keep_keys`, unknown keys of files in `rest_of_files`. Raises ConfigError.
         """
         given = ParsedOptions(help=next((HELP[word] for word in words if word in HELP), ""))
         if given.help:
             return given
         spoken = self._read_words(list(words), given, keep_words, keep_rest)
         for path in given.files:
-            self._read_file(path, given)
+            self._read_file(path, given, keep_keys)
         given.values |= spoken
         missing = [o for o in self.options.values() if o.default is REQUIRED and o.name not in given.values]
         if missing:
@@ -207,7 +214,7 @@ class OptionParser:
 
     # ---- files ----
 
-    def _read_file(self, path: str, given: ParsedOptions) -> None:
+    def _read_file(self, path: str, given: ParsedOptions, keep_keys: bool) -> None:
         data = read_yaml(path, "--config") or {}
         if not isinstance(data, dict):
             raise ConfigError(
@@ -222,7 +229,9 @@ class OptionParser:
         for key, value in data.items():
             name = self._today(str(key))
             self._refuse_two_names(str(key), name, spelled)
-            if name is None:
+            if name is None and keep_keys:
+                given.rest_of_files += [f"--{key}", str(value)]
+            elif name is None:
                 strange.append(str(key))
                 hint = suggest_option(str(key), self.options, (*self.aliases, "env"))
                 mistakes.append(f"unknown key {key!r}.{hint}")
@@ -339,35 +348,52 @@ class TrlParser:
     field that several dataclasses have in common is one option, which sets it in all of them.
     """
 
-    def __init__(self, dataclass_types: type | Iterable[type]) -> None:
+    def __init__(
+        self, dataclass_types: type | Iterable[type], *, prog: str | None = None, description: str = ""
+    ) -> None:
         self.dataclass_types = [dataclass_types] if isinstance(dataclass_types, type) else list(dataclass_types)
+        self.prog, self.description = prog or Path(sys.argv[0]).name, description
         self.options = merge_options(*[options_of(cls) for cls in self.dataclass_types])
         aliases = {old: new for cls in self.dataclass_types for old, new in getattr(cls, "ALIASES", {}).items()}
         self._parser = OptionParser(self.options, aliases)
 
     def parse_args_and_config(
-        self, args: Iterable[str] | None = None, return_remaining_strings: bool = False
+        self,
+        args: Iterable[str] | None = None,
+        return_remaining_strings: bool = False,
+        fail_with_unknown_args: bool = True,
+        separate_remaining_strings: bool = False,
     ) -> tuple[Any, ...]:
         """Return one instance per dataclass and, with `return_remaining_strings`, the list of unknown words last.
+
+        Unknown keys of files are among these words, or with `separate_remaining_strings` a list of their own before
+        them. Without `fail_with_unknown_args`, they are skipped with a warning.
 
         Raises ConfigError for mistakes in `args`. Without `args`, parse the command line of this process; a mistake
         then prints an error and exits with status 2.
         """
-        if args is not None:
-            return self._parse(list(args), return_remaining_strings)
+        words = sys.argv[1:] if args is None else list(args)
         try:
-            return self._parse(sys.argv[1:], return_remaining_strings)
+            given = self._parse(words, return_remaining_strings, fail_with_unknown_args)
+            os.environ.update(given.environment)
+            made = tuple(given.arguments_for(cls) for cls in self.dataclass_types)
         except ConfigError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            if args is not None:
+                raise
+            print(f"{self.prog}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if not return_remaining_strings:
+            return made
+        rest = (given.rest_of_files, given.rest)
+        return (*made, *rest) if separate_remaining_strings else (*made, rest[0] + rest[1])
 
-    def _parse(self, words: list[str], keep_rest: bool) -> tuple[Any, ...]:
-        given = self._parser.parse(words, keep_rest=keep_rest)
+    def _parse(self, words: list[str], keep_rest: bool, fail_with_unknown: bool) -> ParsedOptions:
+        given = self._parser.parse(words, keep_rest=keep_rest, keep_keys=keep_rest or not fail_with_unknown)
         if given.help:
             from trl.cli.help import print_options
 
-            print_options(Path(sys.argv[0]).name, "", self.options, everything=given.help == "all")
+            print_options(self.prog, self.description, self.options, everything=given.help == "all")
             raise SystemExit(0)
-        os.environ.update(given.environment)
-        made = [given.arguments_for(cls) for cls in self.dataclass_types]
-        return (*made, given.rest) if keep_rest else tuple(made)
+        if given.rest_of_files and not keep_rest:
+            logger.warning("Options in %s without effect: %s.", ", ".join(given.files), " ".join(given.rest_of_files))
+        return given
