@@ -74,6 +74,7 @@ def test_the_classic_listing(tmp_path, monkeypatch):
             f"{prompt:.25} | {reward.item():.2f}": image
             for image, prompt, reward in zip(images, prompts, rewards, strict=True)
         }
+        accelerate_logger.log_images(result, step=global_step)
         seen.append((global_step, result))
 
     parser = HfArgumentParser((DDPOConfig,))

@@ -25,13 +25,22 @@ class Tracked(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
+class NoTracker(GeneralTracker):
+    """Ignores all logs; hooks of scripts may log pictures and tables to it."""
+
+    def log_images(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    log_table = log_images
+
+
 def start_tracker(config: Tracked, accelerator: Accelerator) -> GeneralTracker:
     """Start the tracker that `log_with` names, or return one that ignores all logs if `log_with` is None.
 
     Raises ConfigError if the tracker is not installed.
     """
     if config.log_with is None:
-        return GeneralTracker(_blank=True)
+        return NoTracker(_blank=True)
     accelerator.project_configuration = ProjectConfiguration(
         **{"project_dir": config.output_dir, **config.project_kwargs}
     )
@@ -42,7 +51,7 @@ def start_tracker(config: Tracked, accelerator: Accelerator) -> GeneralTracker:
         )
     options = {k: v for k, v in config.to_dict().items() if isinstance(v, bool | int | float | str)}
     accelerator.init_trackers(config.tracker_project_name, config=options, init_kwargs=config.tracker_kwargs)
-    return next(iter(accelerator.trackers), GeneralTracker(_blank=True))
+    return next(iter(accelerator.trackers), NoTracker(_blank=True))
 
 
 def log_table(
