@@ -181,7 +181,7 @@ def test_rows_packed_beforehand_keep_their_images(tmp_path):
 
 
 @pytest.mark.parametrize("name", COLLATED)
-def test_a_collator_of_ones_own_brings_images(name, tmp_path):
+def test_a_collator_of_ones_own_brings_images(name, tmp_path, monkeypatch):
     """As scripts have it that call the processor themselves: the loss of rows that the trainer encodes."""
     tiny, data = FAMILIES[name](), rows("chat")
     image = {"type": "image"}
@@ -210,6 +210,10 @@ def test_a_collator_of_ones_own_brings_images(name, tmp_path):
     blind = SFTTrainer(tiny.model, args, eval_dataset=data.select([0]), processing_class=words, **own)
     with pytest.raises(ConfigError, match="processing_class does not process images"):
         blind.evaluate()
+    tiny.model.config._name_or_path = str(tmp_path / "model")
+    monkeypatch.setattr("trl.trainers.sft.load_processor", lambda model, **_: tiny.processor)
+    by_name = SFTTrainer(tiny.model, args, eval_dataset=data, processing_class=words, **own)
+    assert by_name.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_options_of_images_without_a_processor(tmp_path, caplog):

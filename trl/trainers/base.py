@@ -141,9 +141,9 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         added = take_chat_template(self.args, inner, self.tokenizer)
         if isinstance(self._adapted(), PeftModel):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
+        self.has_own_collator = data_collator is not None
         self._prepare_images()
         collate = collate_examples if self.images is None else ImageCollator(self.images)
-        self.has_own_collator = data_collator is not None
         self.to_examples = collate if data_collator is None else examples_from(data_collator, self.images)
         self.encoded: dict[str, Encoded] = {}
         if train_dataset is not None:
@@ -293,13 +293,17 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         """Set `images`, which reads the images of rows (None for a tokenizer), and the cache of image features."""
         args, inner = self.args, unwrap(self.model)
         limits = PixelLimits(args.max_pixels, args.min_pixels, args.image_folder)
-        self.images = ImageProcessing.of(self.processing_class, inner.config, limits)
+        self.images = ImageProcessing.of(self.image_processor(), inner.config, limits)
         if self.images is None:
             warn_of_image_options(args)
         room = args.image_features_mb * MIB if self.images is not None else 0
         self.image_features = ImageFeatures(inner, room, self._also_reading) if room else None
         if self.images is not None and any(p.requires_grad for p in encoder_parameters(inner).values()):
             args.ddp_find_unused_parameters = True  # many models do not use the last layers of their image encoder
+
+    def image_processor(self) -> Any:
+        """The processor by which images are read; no images are read with a tokenizer."""
+        return self.processing_class
 
     def _add_reports(self) -> None:
         """Show a table in notebooks, and write the run's report as a page."""

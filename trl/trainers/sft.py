@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
@@ -22,6 +22,7 @@ from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError
 from trl.models.adapters import prompt_adapter
 from trl.models.layouts import why_not
+from trl.models.load import load_processor
 from trl.models.score import score, unwrap
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.base import BaseTrainer
@@ -30,7 +31,7 @@ from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
 from trl.trainers.mapping_options import check_names
 from trl.trainers.predictions import predictions
 from trl.types import Batch, Metrics
-from trl.vision.families import joins_of
+from trl.vision.families import family_of, joins_of
 
 DATASET_OPTIONS = ("skip_prepare_dataset", "add_special_tokens", "append_concat_token")
 
@@ -143,12 +144,25 @@ class SFTTrainer(BaseTrainer):
             num_proc=args.dataset_num_proc,
         )
 
+    @property
+    def leaves_rows(self) -> bool:
+        """Whether rows go to the `data_collator` as they are."""
+        return bool((self.args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+    def image_processor(self) -> Any:
+        """As in `BaseTrainer`; the model's own where a collator makes the images' inputs, and scripts give the tokenizer."""
+        config = unwrap(self.model).config
+        only_tokens = isinstance(self.processing_class, PreTrainedTokenizerBase) and family_of(config) is not None
+        if only_tokens and self.leaves_rows and self.has_own_collator and config._name_or_path:
+            return load_processor(unwrap(self.model), trust_remote_code=self.args.trust_remote_code)
+        return self.processing_class
+
     def in_known_columns(self, rows: Rows) -> Rows:
-        as_they_are = self.formatting_func is not None or (self.args.dataset_kwargs or {}).get("skip_prepare_dataset")
+        as_they_are = self.formatting_func is not None or self.leaves_rows
         return rows if as_they_are else super().in_known_columns(rows)
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        if (self.args.dataset_kwargs or {}).get("skip_prepare_dataset") and "input_ids" not in columns_of(rows):
+        if self.leaves_rows and "input_ids" not in columns_of(rows):
             if self.to_examples is collate_examples:
                 raise ConfigError(
                     'dataset_kwargs={"skip_prepare_dataset": True} does not tokenize rows, and these have no input_ids: '
