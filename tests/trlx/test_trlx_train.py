@@ -190,6 +190,7 @@ def test_moments_that_nothing_reads_are_said(caplog):
     trlx.logging.set_verbosity(trlx.logging.WARNING)
     assert scaled(PPO(), PPOConfig(scale_reward="ref", ref_std=4.0)).ref_std == 4.0
     assert not caplog.text
+    assert scaled(PPO(), PPOConfig(scale_reward=False)).scaling is None  # as YAML files of trlX have it
     scaled(PPO(), PPOConfig(scale_reward="running", ref_mean=1.0, ref_std=4.0))
     assert "method.ref_mean=1.0 has no effect" in caplog.text
     assert "method.ref_std=4.0 has no effect with scale_reward='running'" in caplog.text

@@ -50,8 +50,8 @@ class PPOConfig(MethodConfig):
     vf_coef: float = 1.0
     """Weight of the value loss."""
 
-    scale_reward: str | None = "ignored"
-    """Divide scores by their "running" standard deviation, by that of the first rollouts ("ref"), or not ("ignored")."""
+    scale_reward: str | bool | None = "ignored"
+    """Divide scores by their "running" standard deviation, by that of the first rollouts ("ref"), or not ("ignored", False)."""
 
     ref_mean: float | None = None
     """Has no effect, since scores are scaled but not shifted; giving it logs a warning."""

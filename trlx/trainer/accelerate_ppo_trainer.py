@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 __all__ = ["AcceleratePPOTrainer", "PPOConfig"]
 
 ALGORITHM_OPTIONS = ("init_kl_coef", "horizon", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef")
-SCALINGS = ("running", "ref", "ignored", None)
+SCALINGS = ("running", "ref", "ignored", False, None)
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ def scaled(algorithm: PPO, method: PPOConfig) -> ScaledPPO:
     if method.scale_reward not in SCALINGS:
         raise ConfigError(unknown("method.scale_reward", str(method.scale_reward), map(str, SCALINGS)))
     options = {each.name: getattr(algorithm, each.name) for each in fields(algorithm)}
-    scaling = None if method.scale_reward == "ignored" else method.scale_reward
+    scaling = method.scale_reward if method.scale_reward in ("running", "ref") else None
     for name, is_read in (("ref_mean", False), ("ref_std", scaling == "ref")):
         if getattr(method, name) is not None and not is_read:
             logger.warning(
