@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from bad_inputs import TRIALS, message, prepare, run, save_tiny_model
 
 from trl.cli.commands import methods
-from trl.cli.other_words import AXOLOTL, COMMON, LLAMA_FACTORY, TOOLS
+from trl.cli.other_words import AXOLOTL, COMMON, LLAMA_FACTORY, RECIPES, TOOLS
 
 OPTIONS = {option.name for method in methods().values() for option in method.options()}
 
@@ -44,12 +44,12 @@ def test_nobody_needs_to_read_a_traceback(trial, folder):
     assert len(said) < 2500
 
 
-@pytest.mark.parametrize("words", [COMMON, AXOLOTL, LLAMA_FACTORY])
+@pytest.mark.parametrize("words", [COMMON, AXOLOTL, LLAMA_FACTORY, RECIPES])
 def test_what_is_suggested_exists(words):
     """The first word of a counterpart is an option, "env", a command, or the file says that nothing takes its place."""
     for key, told in words.items():
         first = told.replace(",", " ").replace(":", " ").split()
-        assert not told or first[0] in OPTIONS | {"another", "env"}, f"{key}: {told}"
+        assert not told or first[0] in OPTIONS | {"another", "env", "rows"}, f"{key}: {told}"
 
 
 def test_marks_of_other_tools_are_no_options_here():

@@ -1,4 +1,4 @@
-"""Names that other tools use for these options: common words of training scripts, and configuration keys of two tools.
+"""Names that other tools use for these options: common words of training scripts, and configuration keys of other tools.
 
 trl: error: Unknown option --lr. Did you mean '--learning_rate'?
 trl: error: llama.yaml is a configuration of LLaMA-Factory. …
@@ -114,6 +114,23 @@ LLAMA_FACTORY: Mapping[str, str] = {
 """Keys of LLaMA-Factory's files → what to write instead; "" if there is no counterpart."""
 
 
+RECIPES: Mapping[str, str] = {
+    "dataset_mixture": "datasets: a list of path (id), name (config), columns, and split (weight: 0.5 is train[:50%])",
+    "dataset_mixer": "datasets: a list of path and split (0.5 is train[:50%]), or dataset_name for one alone",
+    "dataset_splits": "dataset_train_split and dataset_test_split",
+    "dataset_configs": "dataset_config",
+    "dataset_prompt_column": "dataset_rename: [COLUMN=prompt]",
+    "system_prompt": "rows whose prompt or messages begin with the role system",
+    "chat_template": "chat_template_path: a .jinja file with the template",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "auto_insert_empty_system_msg": "",
+    "vllm_device": "",
+    "benchmarks": "",
+    "callbacks": "",
+}
+"""Keys of the recipes of alignment-handbook and open-r1 that are options of their own scripts → what to write instead."""
+
+
 @dataclass(frozen=True)
 class Tool:
     """Another training tool: the keys of its configuration files, and `marks`, keys that identify its files."""
@@ -125,6 +142,11 @@ class Tool:
 
 TOOLS = (
     Tool("axolotl", AXOLOTL, ("base_model", "micro_batch_size", "sequence_len", "sample_packing")),
+    Tool(
+        "alignment-handbook or open-r1",
+        RECIPES,
+        ("dataset_mixture", "dataset_mixer", "dataset_configs", "dataset_prompt_column", "system_prompt"),
+    ),
     Tool("LLaMA-Factory", LLAMA_FACTORY, ("finetuning_type", "cutoff_len", "stage", "lora_target", "pref_beta")),
 )
 
