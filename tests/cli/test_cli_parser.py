@@ -176,6 +176,13 @@ def test_missing_value_of_a_required_field():
         TrlParser(Needs).parse_args_and_config([])
 
 
+def test_commas_between_the_items_of_a_list():
+    from trl import ModelConfig
+
+    (made,) = TrlParser(ModelConfig).parse_args_and_config(["--lora_target_modules", "q_proj,", "v_proj"])
+    assert made.lora_target_modules == ["q_proj", "v_proj"]
+
+
 def test_rest_is_handed_back():
     data, _, rest = TrlParser((Data, Training)).parse_args_and_config(
         ["--path", "a", "--mine", "3"], return_remaining_strings=True
