@@ -139,6 +139,10 @@ _NO_LOGITS = (
     f"{LOSS} Metrics are averaged over the evaluation set and logged."
 )
 ARGUMENTS = dict.fromkeys(("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"), _NO_LOGITS)
+ARGUMENTS |= dict.fromkeys(
+    ("torch_dtype", "load_in_4bit", "load_in_8bit", "device_map"),
+    "give it in `model_init_kwargs`, or load the model yourself.",
+)
 ARGUMENTS |= {
     "environment_factory": TOOLS,
     "judge": BY_REWARD,

@@ -93,8 +93,9 @@ class Options(metaclass=OptionNames):
             """Set an option by its current or an older name. Raises ConfigError for options that no longer exist."""
             cls = type(self)
             refuse_outdated(name, value)
-            if name not in cls.__dataclass_fields__:
-                if (advice := advice_on(name)) and not asks_for_nothing(name, value):
-                    raise ConfigError(f"{cls.__name__} has no option {name!r}.{advice}")
-                name = cls.ALIASES.get(name) or name
-            super().__setattr__(name, value)
+            if name in cls.__dataclass_fields__:
+                super().__setattr__(name, value)
+            elif name not in cls.ALIASES and (advice := advice_on(name)) and not asks_for_nothing(name, value):
+                raise ConfigError(f"{cls.__name__} has no option {name!r}.{advice}")
+            else:
+                super().__setattr__(cls.ALIASES.get(name) or name, value)

@@ -324,6 +324,12 @@ def test_options_are_read_and_set_by_older_names(tmp_path):
     model = ModelConfig()
     model.torch_dtype = "bfloat16"
     assert model.dtype == "bfloat16"
+    assert (
+        PPOConfig(output_dir=str(tmp_path), report_to=[], steps=9, batch_size=4, mini_batch_size=4).total_ppo_epochs
+        == 3
+    )
+    with pytest.raises(ConfigError, match="has no argument 'torch_dtype'. Give it in `model_init_kwargs`"):
+        SFTTrainer("x", args, torch_dtype="bfloat16")
     with pytest.raises(AttributeError, match="chars_per_token has no value"):
         args.chars_per_token  # noqa: B018
     with pytest.raises(AttributeError, match="SFTConfig has no option 'sft_model_path'. Give the trainer `model`"):

@@ -29,6 +29,8 @@ class PPOConfig(PPOOptions, OnlineConfig):
         "num_value_layers_unfrozen": "num_value_layers",
         "num_ppo_epochs": "ppo_epochs",
         "optimize_cuda_cache": "optimize_device_cache",
+        "is_encoder_decoder": "",
+        "is_peft_model": "",
     }
 
     exp_name: str = field(default_factory=lambda: Path(sys.argv[0]).stem)
@@ -191,6 +193,11 @@ class PPOConfig(PPOOptions, OnlineConfig):
             )
         self.per_device_train_batch_size, self.num_iterations = self.mini_batch_size, self.ppo_epochs
         self.steps_per_generation = self.batch_size // self.mini_batch_size
+
+    @property
+    def total_ppo_epochs(self) -> int:
+        """Number of batches until `steps` triplets were trained on, for scripts that stop there."""
+        return -(-self.steps // self.batch_size)
 
     @property
     def backward_batch_size(self) -> int:
