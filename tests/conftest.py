@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -193,6 +194,22 @@ def logger_as_imported() -> None:
     logger = logging.getLogger("trl")
     logger.handlers, logger.propagate, logger.disabled = [], True, False
     logger.setLevel(logging.NOTSET)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretend-cuda", action="store_true", help="run tests on a CUDA device that is not there")
+
+
+@pytest.fixture(autouse=True)
+def on_pretended_cuda(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--pretend-cuda`, every test runs on the device of `tests/pretended_cuda.py`."""
+    if not request.config.getoption("--pretend-cuda"):
+        yield
+        return
+    from tests.pretended_cuda import pretended_cuda
+
+    with pretended_cuda():
+        yield
 
 
 def pytest_configure() -> None:

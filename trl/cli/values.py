@@ -26,9 +26,8 @@ def from_words(kind: OptionType, words: Sequence[str]) -> Any:
         return from_word(kind, words[0])
     if len(words) == 1 and words[0].startswith("["):
         return from_data(kind, _json(kind, words[0]))
-    return [
-        from_word(kind.item, word.removesuffix(",")) for word in words
-    ]  # as in `--lora_target_modules "q_proj", "v_proj"`
+    # A shell leaves the comma in words such as `--lora_target_modules "q_proj", "v_proj"`.
+    return [from_word(kind.item, word.removesuffix(",")) for word in words]
 
 
 def _is_scalar_word(kind: OptionType, word: str) -> bool:

@@ -1,0 +1,133 @@
+"""The device of `pretended_cuda.py` refuses what CUDA refuses, and trainers run on it, with the numbers of a CPU."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.pretended_cuda import DeviceError, pretended_cuda, recording
+from tests.trainers.ppo_support import TRIPLETS
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.models.varlen import VARLEN
+from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+
+
+@pytest.fixture
+def device():
+    with pretended_cuda() as recorder:
+        yield recorder
+
+
+def test_tensors_know_where_they_are(device):
+    x = torch.ones(2, 3, device="cuda")
+    layer = torch.nn.Linear(3, 4).to("cuda")
+    out = layer(x)
+    out.sum().backward()
+    on_device = [x, x[0], x + 1, torch.zeros_like(x), x.new_tensor([1.0]), out, layer.weight.grad, copy.deepcopy(x)]
+    assert {tensor.device.type for tensor in on_device} == {"cuda"}
+    assert {tensor.device.type for tensor in (x.cpu(), x.to("cpu"), torch.ones(3))} == {"cpu"}
+    assert torch.equal(x.cpu(), torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x @ torch.ones(3, 1),
+        lambda x: torch.stack([x.sum(), torch.tensor(1.0)]),
+        lambda x: torch.nn.functional.embedding(torch.tensor([0]), x),
+        lambda x: torch.randn(3, device=x.device, generator=torch.Generator()),
+        lambda x: recording(lambda: x.sum().item())(),
+        lambda x: recording(lambda: x[x > 0])(),
+        lambda x: recording(lambda: x + torch.ones(3).to(x.device))(),
+    ],
+    ids=["product", "stack", "lookup", "generator", "read", "mask", "copy"],
+)
+def test_what_cuda_refuses_is_refused(device, act):
+    with pytest.raises(DeviceError):
+        act(torch.ones(2, 3, device="cuda"))
+
+
+def test_what_cuda_allows_is_allowed(device):
+    x = torch.ones(2, 3, device="cuda")
+    results = (x * torch.tensor(2.0), x[torch.tensor([1])], torch.where(x > 0, x, 0.0))
+    assert {result.device.type for result in results} == {"cuda"}
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+
+
+CHATS = {
+    "prompt": ["cat on", "dog on", "hat on", "pig on"] * 4,
+    "completion": [" mat.", " hill by sea.", " hat.", " top."] * 4,
+}
+PAIRS = {
+    "prompt": CHATS["prompt"],
+    "chosen": CHATS["completion"],
+    "rejected": [" no.", " not at all.", " on.", " cat."] * 4,
+}
+LABELS = {**CHATS, "label": [True, False, True, True] * 4}
+RUNS = {
+    "sft": (SFTTrainer, SFTConfig, CHATS, {}),
+    "sft, checkpointed": (SFTTrainer, SFTConfig, CHATS, {"gradient_checkpointing": True}),
+    "sft, fp16": (SFTTrainer, SFTConfig, CHATS, {"fp16": True}),
+    "sft, offloaded": (SFTTrainer, SFTConfig, CHATS, {"activation_offloading": True}),
+    "dpo": (DPOTrainer, DPOConfig, PAIRS, {"layout": "shared"}),
+    "kto": (KTOTrainer, KTOConfig, LABELS, {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trainers_run_on_it_with_the_numbers_of_a_cpu(make_model, tokenizer, tmp_path, name):
+    trainer_class, config, columns, options = RUNS[name]
+
+    def run(folder, **options):
+        args = config(
+            output_dir=str(tmp_path / folder), max_steps=4, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-3,
+            save_steps=2, report_to="none", disable_tqdm=True, **options,
+        )  # fmt: skip
+        rows = Dataset.from_dict(columns)
+        trainer = trainer_class(make_model("llama"), args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        return trainer
+
+    on_cpu = run("cpu", use_cpu=True, bf16=True, layout=options.get("layout", "packed"))
+    with pretended_cuda() as recorder:
+        trainer = run("cuda", **options)
+        assert trainer.model.device.type == "cuda"
+        assert trainer.model.config._attn_implementation == VARLEN
+        assert (recorder.replays > 0) == ("activation_offloading" not in options)
+    assert losses(trainer) == pytest.approx(losses(on_cpu), rel=2e-2)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_online_trainers_sample_on_it_by_graphs(device, make_model, tokenizer, tmp_path):
+    args = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, num_generations=4, max_completion_length=12,
+        logging_steps=1, report_to="none", disable_tqdm=True, beta=0.1, cuda_graphs=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": CHATS["prompt"]})
+    trainer = GRPOTrainer(
+        make_model("llama"),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert device.replays > 0
+
+
+def test_a_step_of_ppo_on_it(device, make_model, tokenizer):
+    from trl.models.value_heads.auto_models import with_value_head
+
+    queries, responses, rewards = TRIPLETS
+    config = PPOConfig(batch_size=len(queries), mini_batch_size=1)
+    trainer = PPOTrainer(config, with_value_head(make_model("llama")), tokenizer=tokenizer)
+    statistics = trainer.step(queries, responses, rewards)
+    assert statistics["objective/kl"] == pytest.approx(0, abs=1e-2)
