@@ -233,6 +233,19 @@ def test_gradients_may_be_dropped_between_forward_and_backward(captured):
     assert recorder.replays > 0
 
 
+def test_a_forward_without_backward_leaves_gradients_as_they_were(captured):
+    """Zeros in place of none would have an optimizer decay weights, and go on with its momentum."""
+    model, _, recorder = captured()
+    batch = batch_of(0, 1)
+    for _ in range(2):
+        step(model, batch)
+    model.zero_grad()
+    replays = recorder.replays
+    score(model, batch)
+    assert recorder.replays == replays + 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_several_sizes_with_and_without_gradient(captured):
     model, plain, recorder = captured()
     for number in range(3):
@@ -389,14 +402,19 @@ def test_modules_that_are_added_are_looked_at_anew(captured):
     assert recorder.replays == replays
 
 
-def test_weights_of_another_size_or_precision_have_new_gradients(captured):
+@pytest.mark.parametrize("drop", [True, False], ids=["no gradients", "gradients"])
+def test_weights_of_another_size_or_precision_have_new_gradients(captured, drop):
+    """Gradients that a weight still has are changed along with it."""
     model, plain, recorder = captured()
     batch = batch_of(0, 1)
     for dtype in (torch.float32, torch.float64, torch.float32):
+        if drop:
+            model.zero_grad()
         model.to(dtype), plain.to(dtype)
         for _ in range(3):
             assert_same(step(model, batch), step(plain, batch))
     assert recorder.recorded == 3 * 2
+    assert captures(model, 1)
 
 
 def test_embeddings_that_adapters_let_learn_are_not_weights(captured):

@@ -99,7 +99,6 @@ class Captured:
         if self.gradients is None:
             self.replay_forward()
             return self.hidden.clone()
-        self.gradients.attach(self.learned)
         sources = [value for place, value in zip(self.places, tensors, strict=True) if place.requires_grad]
         weights = self.learned if torch.distributed.is_initialized() else ()
         return Replayed.apply(self, self.anchor, *sources, *weights)
@@ -176,7 +175,7 @@ class Replayed(torch.autograd.Function):
                 "the first call, even with retain_graph=True: add the losses up and call backward once, or set "
                 "cuda_graphs=False."
             )
-        captured.gradients.attach(captured.learned)  # again: zero_grad may have run since forward
+        captured.gradients.attach(captured.learned)
         captured.grad.copy_(grad)
         captured.replay_backward()
         ctx.pending = None
