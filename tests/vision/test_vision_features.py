@@ -89,6 +89,14 @@ def test_one_image_of_two_questions_is_encoded_once():
     assert features.encoded == 1
 
 
+def test_images_are_encoded_prompt_by_prompt():
+    """Beside other images they are rounded otherwise, and a resumed run, whose cache is empty, has others beside them."""
+    tiny = llava()
+    passes, features = count_images(tiny.model), ImageFeatures(frozen(tiny.model), 2**20)
+    features.of([example_of(tiny, "*see*", [picture(1), picture(2)]), example_of(tiny, "*see", [picture(5)])])
+    assert passes == [2, 1]
+
+
 def test_an_encoder_that_is_trained_reads_every_time():
     tiny = llava()
     example, features = example_of(tiny, "*see", [picture(1)]), ImageFeatures(frozen(tiny.model), 2**20)
