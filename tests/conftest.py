@@ -229,6 +229,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("TRL_TEST_LONG"):
         left_out = pytest.mark.skip(reason="TRL_TEST_LONG=1 runs it")
         for item in items:
-            if "long" in item.keywords:
+            if item.get_closest_marker("long"):  # `keywords` holds the names of parameters, too
                 item.add_marker(left_out)
-    items.sort(key=lambda item: "slow" not in item.keywords)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
