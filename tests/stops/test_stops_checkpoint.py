@@ -327,15 +327,22 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, kept):
 
 
 def test_the_best_model_of_transformers(tmp_path):
-    """`load_best_model_at_end` with a limit: the best one stays, its path is right, and its weights come back."""
-    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    """`load_best_model_at_end` with a limit: the best one stays, its path is right, also once the run is elsewhere, and its
+    weights come back."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 2}
     options |= {**SAVING, "max_steps": 4, "learning_rate": 5.0}
-    trainer = RUNS["sft"](tmp_path, evaluation=texts(), **options)
+    trainer = RUNS["sft"](tmp_path / "run", evaluation=texts(), **options)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert best.name == f"checkpoint-{1 + losses.index(min(losses))}"
     assert trainer.evaluate()["eval_loss"] == min(losses)
+    assert {path.name for path in checkpoints(tmp_path / "run")} == {best.name, "checkpoint-4"}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = RUNS["sft"](tmp_path / "moved", evaluation=texts(), **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "moved" / best.name)
+    assert again.evaluate()["eval_loss"] == min(losses)
 
 
 # ---- full disks ----

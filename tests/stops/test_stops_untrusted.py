@@ -25,7 +25,7 @@ from trl.models.load import load_model
 from trl.models.value_heads.storage import stored_head
 from trl.rewards.model import RewardModel
 from trl.trainers.config import TrainerConfig
-from trl.training.checkpoint import MANIFEST, newest_checkpoint, sibling, why_not_resumable
+from trl.training.checkpoint import MANIFEST, newest_checkpoint, why_not_resumable
 
 CODE = "open({path!r}, 'w').close()\n"
 
@@ -216,14 +216,13 @@ def test_a_checkpoint_whose_weights_are_elsewhere(checkpoint):
 
 def test_the_best_checkpoint_is_one_of_the_run(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "checkpoint-9")
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    for named, found in ((tmp_path / "checkpoint-9", None), ("/moved/run/checkpoint-1", "checkpoint-1")):
-        assert sibling(checkpoint, str(named)) == (found and str(checkpoint.parent / found))
-        (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "best_model_checkpoint": str(named)}))
+    file = checkpoint / "trainer_state.json"
+    state = {**json.loads(file.read_text()), "best_model_checkpoint": str(tmp_path / "checkpoint-9")}
+    for step, found in ((9, None), (1, str(checkpoint.parent / "checkpoint-1"))):
+        file.write_text(json.dumps({**state, "best_global_step": step}))
         trainer = RUNS["bco"](checkpoint.parent, max_steps=3)
         trainer.train(resume_from_checkpoint=str(checkpoint))
-        assert trainer.state.best_model_checkpoint is None
-    assert sibling(checkpoint, "..") is None
+        assert trainer.state.best_model_checkpoint == found
 
 
 @pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filter extracted tar:DeprecationWarning")  # datasets'

@@ -203,15 +203,6 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-def sibling(checkpoint: Path, other: str) -> str | None:
-    """The checkpoint in the same run that has the name of `other`; None if there is none.
-
-    Of a path stored in a checkpoint only the name counts: the run may have been moved, and a path must not lead out of it.
-    """
-    found = checkpoint.parent / Path(other).name
-    return str(found) if CHECKPOINT.fullmatch(found.name) and found.is_dir() else None
-
-
 def why_not_resumable(checkpoint: Path) -> str:
     """Why a checkpoint cannot be resumed; empty if it can.
 

@@ -27,7 +27,7 @@ from trl.data.examples import Endless
 from trl.models.files import follow_umask
 from trl.models.reference import Reference
 from trl.models.score import unwrap
-from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, sibling, write_checkpoint
+from trl.training.checkpoint import read_manifest, resolve_checkpoint, rotate, write_checkpoint
 from trl.training.collectives import all_gather_object, run_on_main
 from trl.training.lock import only_run_in
 from trl.training.nonfinite import last_sound_step, nonfinite_parameters, nonfinite_weights_error
@@ -207,8 +207,9 @@ class ResumableTrainer(Trainer):
             written_by = read_manifest(Path(checkpoint)).get("processes", processes)
             self.states.load(Path(checkpoint), rank=rank, processes=processes, written_by=written_by)
             self._resumed_from = checkpoint
-            best = self.state.best_model_checkpoint
-            self.state.best_model_checkpoint = best and sibling(Path(checkpoint), best)
+            # Found by its step: the run may have been moved since its path was stored, which must not lead out of it.
+            best = Path(checkpoint).with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     # ---- stopping ----
 
