@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig
 
+from tests.pretended_cuda import pretended_cuda
 from tests.vision.support import llava, picture
 from tests.vision.test_vision_layouts import example_of
 from tests.vision.test_vision_training import LORA, history, rows, trainer_of
@@ -89,12 +91,20 @@ def test_one_image_of_two_questions_is_encoded_once():
     assert features.encoded == 1
 
 
-def test_images_are_encoded_prompt_by_prompt():
+@pytest.mark.parametrize(
+    ("device", "deterministic", "expected"),
+    [("cpu", False, [2, 1]), ("cuda", False, [3]), ("cuda", True, [2, 1])],
+    ids=["cpu", "cuda", "cuda, deterministic"],
+)
+def test_images_are_encoded_prompt_by_prompt_where_results_are_exact(monkeypatch, device, deterministic, expected):
     """Beside other images they are rounded otherwise, and a resumed run, whose cache is empty, has others beside them."""
-    tiny = llava()
-    passes, features = count_images(tiny.model), ImageFeatures(frozen(tiny.model), 2**20)
-    features.of([example_of(tiny, "*see*", [picture(1), picture(2)]), example_of(tiny, "*see", [picture(5)])])
-    assert passes == [2, 1]
+    monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
+    with pretended_cuda() if device == "cuda" and not torch.cuda.is_available() else nullcontext():
+        tiny = llava()
+        tiny.model.to(device)
+        passes, features = count_images(tiny.model), ImageFeatures(frozen(tiny.model), 2**20)
+        features.of([example_of(tiny, "*see*", [picture(1), picture(2)]), example_of(tiny, "*see", [picture(5)])])
+        assert passes == expected
 
 
 def test_an_encoder_that_is_trained_reads_every_time():

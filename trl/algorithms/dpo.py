@@ -344,6 +344,10 @@ class DPO(DPOOptions):
 
 def _check_names(o: DPO) -> None:
     for name in o.loss_types:
+        if name == "kto_pair":
+            raise ConfigError(
+                "loss_type 'kto_pair' is KTO on pairs: give the same rows to KTOTrainer, which takes pairs apart."
+            )
         if name not in LOSSES:
             raise ConfigError(unknown("loss_type", name, LOSSES))
     check_choices(o)

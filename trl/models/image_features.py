@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl.data.inputs import concatenated
 from trl.models.patching import evaluating
 from trl.models.sharding import are_whole, is_whole
 from trl.types import Concatenated, Example, prompt_key
 from trl.vision.encoder_outputs import DEEPSTACK, FEATURES
-from trl.vision.families import joins_of
+from trl.vision.families import image_token_ids, joins_of
 
 MIB = 2**20
 
@@ -63,8 +64,11 @@ class ImageFeatures:
     def _with_features(self, examples: Sequence[Example]) -> list[Example]:
         pixels = [self._pixels(example) for example in examples]
         keys = [prompt_key((), own) if own else None for own in pixels]
-        new = {key: own for key, own in zip(keys, pixels, strict=True) if key is not None and key not in self._kept}
-        fresh = {key: self._encode(own) for key, own in new.items()}
+        missing = {key: i for i, key in enumerate(keys) if key is not None and key not in self._kept}
+        fresh: dict[Hashable, dict[str, Tensor]] = {}
+        for group in self._groups([*missing]):
+            places = [missing[key] for key in group]
+            fresh |= zip(group, self._encode([examples[i] for i in places], [pixels[i] for i in places]), strict=True)
         features = [{} if key is None else fresh.get(key) or self._kept[key] for key in keys]
         self._keep(keys, fresh)
         return [
@@ -78,14 +82,26 @@ class ImageFeatures:
             return {}
         return {n: v for n, v in example.inputs.items() if isinstance(self._joins.get(n), Concatenated)}
 
-    def _encode(self, pixels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The features of one prompt's images.
+    def _groups(self, keys: list[Hashable]) -> list[list[Hashable]]:
+        """The prompts whose images are encoded in one pass: each by itself, except on CUDA.
 
-        Encoded with images of other prompts, they would be rounded otherwise: a resumed run, whose cache is empty, has others.
+        Encoded with images of other prompts, they are rounded otherwise, and a resumed run, whose cache is empty, has others. On
+        CUDA a pass takes its time for launches, whatever its size, and other kernels are not exact to the bit either.
         """
-        self.encoded += 1
-        inputs = {name: values.to(self.model.device) for name, values in pixels.items()}
-        return {name: values.cpu() for name, values in _features(self.model, inputs).items()}
+        together = self.model.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        return [keys] if together and keys else [[key] for key in keys]
+
+    def _encode(self, examples: Sequence[Example], pixels: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Encode the images of all examples in one pass; return the features of each example."""
+        self.encoded += len(examples)
+        joined = {}
+        for name in pixels[0]:
+            join = self._joins[name]
+            joined[name] = concatenated([own[name] for own in pixels], join.dim, join.fill).to(self.model.device)
+        tokens = image_token_ids(self.model.config)
+        counts = [sum(t in tokens for t in _ids(example)) for example in examples]
+        parts = {name: values.cpu().split(counts) for name, values in _features(self.model, joined).items()}
+        return [{name: values[i] for name, values in parts.items()} for i in range(len(examples))]
 
     def _keep(self, keys: Sequence[Hashable], fresh: Mapping[Hashable, dict[str, Tensor]]) -> None:
         """Add new features to the cache, and evict the least recently used ones above the limit."""
@@ -96,6 +112,10 @@ class ImageFeatures:
             self._kept.move_to_end(key)
         while self._bytes > self.limit:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
+
+
+def _ids(example: Example) -> list[int]:
+    return [*example.prompt, *(example.completions[0].ids if len(example.completions) == 1 else ())]
 
 
 def _size(features: Mapping[str, Tensor]) -> int:
