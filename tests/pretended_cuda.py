@@ -224,7 +224,7 @@ def _to(function: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         kwargs["device"] = CPU if target else kwargs["device"]
     elif rest and isinstance(rest[0], Tensor):
         target = is_on_device(rest[0])
-    elif rest and not isinstance(rest[0], torch.dtype):
+    elif rest and not isinstance(rest[0], torch.dtype | None):
         target = means_cuda(rest[0])
         rest[0] = CPU if target else rest[0]
     made = function(x, *rest, **kwargs)
@@ -261,8 +261,13 @@ class Generator(torch.Generator):
 class Autocast(torch.autocast):
     def __init__(self, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
         if device_type == "cuda":
-            device_type, dtype = "cpu", dtype or torch.get_autocast_dtype("cuda")
+            device_type, dtype = "cpu", dtype or torch.float16
         super().__init__(device_type, dtype, *args, **kwargs)
+
+
+def as_cpu(function: Callable) -> Callable:
+    """A function of the state of autocast, asked of CUDA."""
+    return lambda device="cuda": function("cpu" if device == "cuda" else device)
 
 
 # ---- torch.cuda, and what runs on CUDA alone ----
@@ -311,11 +316,11 @@ ANSWERS = {
     "set_rng_state": None,
     "set_rng_state_all": None,
     "set_stream": None,
-    "is_current_stream_capturing": False,
 }
 """Functions of `torch.cuda`, by what they return."""
 
 OTHERS = {
+    "is_current_stream_capturing": lambda: NOW.records,
     "get_rng_state": lambda device=None: torch.get_rng_state(),
     "get_rng_state_all": lambda: [torch.get_rng_state()],
     **dict.fromkeys(("current_stream", "default_stream"), lambda device=None: Stream()),
@@ -367,7 +372,7 @@ def load_to(load: Callable, f: Any, map_location: Any = None, **kwargs: Any) -> 
 @contextmanager
 def pretended_cuda() -> Iterator[Recorder]:
     """Pretend that there is a CUDA device; the graphs of layers are recorded by what is returned."""
-    recorder, enabled = Recorder(), torch.is_autocast_enabled
+    recorder = Recorder()
     engine, record = torch.autograd.graph._engine_run_backward, Recorder.__call__
     hooks, frame = torch.autograd.graph.saved_tensors_hooks, torch.utils.checkpoint._CheckpointFrame
     with_hooks, with_function = hooks.__init__, frame.__init__
@@ -384,7 +389,7 @@ def pretended_cuda() -> Iterator[Recorder]:
         (torch.accelerator, "current_stream", lambda device=None: Stream()),
         (torch, "Generator", Generator),
         *((place, "autocast", Autocast) for place in (torch, torch.amp, torch.amp.autocast_mode)),
-        (torch, "is_autocast_enabled", lambda device="cuda": enabled("cpu" if device == "cuda" else device)),
+        *((torch, name, as_cpu(getattr(torch, name))) for name in ("is_autocast_enabled", "get_autocast_dtype")),
         (torch, "load", functools.partial(load_to, torch.load)),
         (torch.autograd, "_engine_run_backward", run_backward),
         (torch.autograd.graph, "_engine_run_backward", run_backward),

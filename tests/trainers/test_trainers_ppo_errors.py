@@ -82,7 +82,7 @@ def test_older_and_standard_names():
         ({"kl_penalty": "ful"}, "Unknown kl_penalty 'ful'. Did you mean 'full'"),
         ({"use_score_norm": True}, "set use_score_scaling=True as well"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, 'needs a "repo_id"'),
-        ({"accelerator_kwargs": {"mixed": "bf16"}}, "Unknown entry of accelerator_kwargs 'mixed'"),
+        ({"accelerator_kwargs": {"mixed": "bf16"}}, "accelerator_kwargs has no entry 'mixed'"),
         ({"horizon": 0}, "horizon=0: give more than 0"),
         ({"batchsize": 8}, "PPOConfig has no option 'batchsize'. Did you mean 'batch_size'"),
     ],

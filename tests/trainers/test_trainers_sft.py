@@ -330,7 +330,7 @@ def test_unknown_keywords(make_model, tokenizer, tmp_path):
         SFTConfig(output_dir=str(tmp_path), loss_type="nil")
     with pytest.raises(ConfigError, match="Unknown loss_type 'nil'. Did you mean 'nll'"):
         SFTTrainer(make_model("llama"), config(tmp_path), None, rows(), tokenizer=tokenizer, loss_type="nil")
-    with pytest.raises(ConfigError, match="Unknown entry of dataset_kwargs 'skip'"):
+    with pytest.raises(ConfigError, match="dataset_kwargs has no entry 'skip'"):
         SFTConfig(dataset_kwargs={"skip": True})
     with pytest.raises(ConfigError, match="Unknown lr_scheduler_type 'cosin'. Did you mean 'cosine'"):
         SFTConfig(lr_scheduler_type="cosin")
