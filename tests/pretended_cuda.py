@@ -115,7 +115,7 @@ class Operations(TorchDispatchMode):
             places = [is_on_device(x) for x in given]
             _check(name, given, places)
             on_device = any(places) if given else NOW.on_device
-            if name in ("copy_", "_to_copy"):
+            if given and name in ("copy_", "_to_copy"):
                 on_device = places[0]
             before = {id(_storage(x)) for x in given}
             made = _run(function, name, args, kwargs)
