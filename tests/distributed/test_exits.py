@@ -11,6 +11,7 @@ from trl.training.parallel import explain_waits, has_exited, tell_exits_shortly
 
 PAIR = SimpleNamespace(process_index=1, world_size=2, ddp_timeout=9)
 PEER = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3301"
+OTHERS = [RuntimeError(words) for words in ("out of memory", "DataLoader timed out", "hub: connection reset by peer")]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_a_lost_process_is_told_in_one_line(hook, capsys):
     assert hook.told == []
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), RuntimeError("Timed out waiting"), ValueError(PEER)])
+@pytest.mark.parametrize("error", [*OTHERS, ValueError(PEER)])
 def test_other_errors_are_told_as_they_were(hook, error):
     hook.call(type(error), error, None)
     assert hook.told == [error]
@@ -42,6 +43,13 @@ def test_a_lost_process_in_training_is_one_too():
     with pytest.raises(RuntimeError, match=words) as found, explain_waits(PAIR, lambda: 3):
         raise RuntimeError(PEER)
     assert has_exited(found.value)
+
+
+@pytest.mark.parametrize("error", OTHERS)
+def test_other_errors_in_training_stay_what_they_are(error):
+    with pytest.raises(RuntimeError) as found, explain_waits(PAIR, lambda: 3):
+        raise error
+    assert found.value is error
 
 
 def test_a_process_alone_keeps_its_hook(monkeypatch):

@@ -167,7 +167,8 @@ def explain_waits(args: TrainingArguments, steps: Callable[[], int]) -> Iterator
     try:
         yield
     except RuntimeError as error:
-        reason = next((reason for words, reason in LOST.items() if words in str(error).lower()), None)
+        text = str(error).lower() if _is_of_collectives(error) else ""
+        reason = next((reason for words, reason in LOST.items() if words in text), None)
         if reason is None:
             raise
         raise RuntimeError(
@@ -204,7 +205,13 @@ def has_exited(error: BaseException | None) -> bool:
     """Whether an error, or the one that caused it, is that of a wait for a process that has exited."""
     if not isinstance(error, RuntimeError):
         return False
-    return any(words in str(error).lower() for words in EXITED) or has_exited(error.__cause__)
+    told = _is_of_collectives(error) and any(words in str(error).lower() for words in EXITED)
+    return told or has_exited(error.__cause__)
+
+
+def _is_of_collectives(error: RuntimeError) -> bool:
+    """Whether torch.distributed raised an error: other connections, such as that to a hub, are reset by peers, too."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def backward(accelerator: Accelerator, loss: Tensor) -> None:
