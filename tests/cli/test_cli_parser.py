@@ -181,6 +181,19 @@ def test_commas_between_the_items_of_a_list():
 
     (made,) = TrlParser(ModelConfig).parse_args_and_config(["--lora_target_modules", "q_proj,", "v_proj"])
     assert made.lora_target_modules == ["q_proj", "v_proj"]
+    assert TrlParser(Data).parse_args_and_config(["--columns", ",", "a"])[0].columns == [",", "a"]
+
+
+@pytest.mark.parametrize(("spelled", "value"), [("true", True), ("false", False), ("last", "last"), ("'true'", True)])
+def test_a_run_is_resumed_from_its_newest_checkpoint(spelled, value, tmp_path):
+    @dataclass
+    class Resumed:
+        resume_from_checkpoint: str | None = None
+
+    (tmp_path / "run.yaml").write_text(f"resume_from_checkpoint: {spelled}")
+    for words in (["--config", str(tmp_path / "run.yaml")], ["--resume_from_checkpoint", spelled.strip("'")]):
+        (made,) = TrlParser(Resumed).parse_args_and_config(words)
+        assert made.resume_from_checkpoint == value
 
 
 def test_rest_is_handed_back():

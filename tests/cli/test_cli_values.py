@@ -52,6 +52,7 @@ def test_words_spell_values(annotation, words, value):
     [
         ("float", "1e-5", 1e-5),  # YAML reads 1e-5 as text
         ("float", 3, 3),
+        ("int | None", 1e3, 1000),
         ("int | None", None, None),
         ("Literal['no', 'steps']", False, "no"),  # YAML reads `no` as false
         ("dict", {"a": 1}, {"a": 1}),

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 HELP = {"-h": "short", "--help": "short", "--help-all": "all", "--help_all": "all"}
 NEGATION = "no_"
+RESUMES = "resume_from_checkpoint"
+"""The option of text, the name of a checkpoint, that may also be true (the newest one) or false."""
 
 
 MOST_NODES = 100_000
@@ -157,6 +159,8 @@ class OptionParser:
             attached = take(words, name, str(kind))
         if len(attached) == 1 and attached[0] == option.default:
             return option.default
+        if option.name == RESUMES and attached[0] in ("true", "false"):
+            return attached[0] == "true"
         try:
             return from_words(kind, attached)
         except Mismatch as error:
@@ -251,6 +255,8 @@ class OptionParser:
         """The value of a key in a file. Raises Mismatch with the whole error message."""
         if isinstance(value, str) and value == option.default:
             return value
+        if option.name == RESUMES and value in (True, False, "true", "false"):
+            return value in (True, "true")
         try:
             return from_data(option.kind, value)
         except Mismatch as error:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESUME_LAST = ("true", "last")
+RESUME_LAST = (True, "last")
 
 LIBRARIES = ("transformers", "peft", "datasets", "tokenizers", "huggingface_hub", "bitsandbytes")
 """Libraries whose errors are about the user's input: names, files, and options that are passed to them."""
@@ -285,13 +285,13 @@ def checkpoint_of(run: Run) -> str | bool | None:
 
     asked, folder = run.training.resume_from_checkpoint, run.training.output_dir
     if not run.launch.resume and asked not in RESUME_LAST:
-        return None if asked in (None, False, "false") else check_checkpoint(asked)
+        return None if asked in (None, False) else check_checkpoint(asked)
     if checkpoints(folder):
-        return True if asked == "true" and not run.launch.resume else "last"
+        return True if asked is True and not run.launch.resume else "last"
     beside = [path.name for path in Path(folder).resolve().parent.iterdir() if checkpoints(path)]
     problem = f"output_dir={folder!r} holds no checkpoint.{suggest(Path(folder).name, beside)}"
-    if asked == "true":
-        raise ConfigError(f"resume_from_checkpoint={asked}: {problem} Leave it out to start from the beginning.")
+    if asked is True:
+        raise ConfigError(f"resume_from_checkpoint=true: {problem} Leave it out to start from the beginning.")
     logger.warning(f"Nothing to resume: {problem} Training starts from the beginning.")
     return None
 

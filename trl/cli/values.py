@@ -27,7 +27,7 @@ def from_words(kind: OptionType, words: Sequence[str]) -> Any:
     if len(words) == 1 and words[0].startswith("["):
         return from_data(kind, _json(kind, words[0]))
     # A shell leaves the comma in words such as `--lora_target_modules "q_proj", "v_proj"`.
-    return [from_word(kind.item, word.removesuffix(",")) for word in words]
+    return [from_word(kind.item, word.removesuffix(",") or word) for word in words]
 
 
 def _is_scalar_word(kind: OptionType, word: str) -> bool:
@@ -90,6 +90,8 @@ def from_data(kind: OptionType, value: Any) -> Any:
         for word in ("no", "off"):
             if word in kind.choices:
                 return word
+    if isinstance(value, float) and value.is_integer() and kind.invalid_items(value) and "int" in kind.scalars:
+        return int(value)
     if isinstance(value, list) and kind.item is not None:
         return [from_data(kind.item, each) for each in value]
     if not kind.invalid_items(value):
