@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from trl.errors import ConfigError
-from trl.option_types import kinds_of
+from trl.option_types import library_kinds
 
 LARGEST = 2**63 - 1
 """Largest integer that is accepted: that of 64 bits."""
@@ -120,18 +121,19 @@ WEIGHTS = (("loss_weights",), ("reward_weights",), ("desirable_weight", "undesir
 def check_bounds(config: Any) -> None:
     """Raise ConfigError for options of the dataclass `config` that are out of range, or of another type than a number."""
     check_numeric(config)
-    for name in kinds_of(type(config)):
+    own = library_kinds(type(config))
+    for name in own:
         for value in numbers_in(getattr(config, name, None)):
             check_number(name, value)
     for names in WEIGHTS:
-        weights = [*numbers_in([getattr(config, name, None) for name in names])]
+        weights = [*numbers_in([getattr(config, name, None) for name in names if name in own])]
         if weights and not any(weights):
             raise ConfigError(f"{' and '.join(names)}: every weight is 0, so nothing is trained. Set one above 0.")
 
 
 def check_numeric(config: Any) -> None:
     """Raise ConfigError for text in place of a number, and for a fraction in place of a whole number."""
-    for name, kind in kinds_of(type(config)).items():
+    for name, kind in library_kinds(type(config)).items():
         given = getattr(config, name, None)
         numeric = {"int", "float"} & {*kind.scalars, *(kind.item.scalars if kind.item else ())}
         invalid = kind.invalid_items(given) if numeric and not kind.choices else []
@@ -141,18 +143,27 @@ def check_numeric(config: Any) -> None:
             raise ConfigError(f"{name}={given!r}: give {kind}.")
 
 
+def make_whole(config: Any) -> None:
+    """Turn whole numbers of other types, such as 1e3 and those of numpy, into ints in options that only take ints."""
+    for name, kind in library_kinds(type(config)).items():
+        value = getattr(config, name, None)
+        is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, Integral)
+        if is_whole and "int" in kind.scalars and kind.invalid_items(value):
+            setattr(config, name, int(value))
+
+
 def numbers_in(value: Any) -> Iterator[float]:
     """All numbers in an option's value, which may be a number or nested lists of them."""
     if isinstance(value, list | tuple):
         for each in value:
             yield from numbers_in(each)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, Real) and not isinstance(value, bool):
         yield value
 
 
 def check_number(name: str, value: float) -> None:
     """Raise ConfigError if `value` is out of range for the option `name`."""
-    if not isinstance(value, int | float):
+    if not isinstance(value, Real):
         raise ConfigError(f"{name}={value!r}: give a number.")
     if isinstance(value, float) and not math.isfinite(value) and (math.isnan(value) or name not in UNBOUNDED):
         raise ConfigError(f"{name}={value}: give a finite number.")
@@ -166,7 +177,7 @@ def check_number(name: str, value: float) -> None:
 def unusual(config: Any) -> list[str]:
     """Warnings, one per numeric option of the dataclass `config` that is outside its usual range."""
     said = []
-    for name, bound in BOUNDS.items():
+    for name, bound in ((name, BOUNDS[name]) for name in library_kinds(type(config)) if name in BOUNDS):
         for value in numbers_in(getattr(config, name, None) if bound.usual else None):
             low, high = bound.usual
             if value and not low <= value <= high:

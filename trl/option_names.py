@@ -56,14 +56,20 @@ class OptionNames(type):
             return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def translated(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Rename `kwargs` to the current names. Raises ConfigError for unknown names, and for two names of the same option."""
-        fields = {field.name for field in settable(cls) if field.init}
+        """Rename `kwargs` to the current names. Raises ConfigError for unknown names, and for two names of the same option.
+
+        A subclass whose `__init__` takes any keyword decides about unknown names itself.
+        """
+        parameters = inspect.signature(cls.__init__).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        fields = {field.name for field in settable(cls) if field.init} | parameters.keys()
         known: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         for name, value in kwargs.items():
-            refuse_outdated(name, value)
+            if name not in fields:
+                refuse_outdated(name, value)
             today = name if name in fields else cls.ALIASES.get(name, name)
-            if today and today not in fields:
+            if today and today not in fields and not takes_any:
                 if asks_for_nothing(name, value):
                     continue
                 raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
@@ -83,6 +89,8 @@ class Options(metaclass=OptionNames):
         def __getattr__(self, name: str) -> Any:
             """The value of the option that `name` is an older name of."""
             cls = type(self)
+            if hasattr(cls, name):
+                return object.__getattribute__(self, name)  # a property: raises the AttributeError from inside it
             if today := cls.ALIASES.get(name):
                 return getattr(self, today)
             if name in cls.ALIASES:
@@ -90,12 +98,10 @@ class Options(metaclass=OptionNames):
             raise AttributeError(f"{cls.__name__} has no option {name!r}.{advice_on(name)}")
 
         def __setattr__(self, name: str, value: Any) -> None:
-            """Set an option by its current or an older name. Raises ConfigError for options that no longer exist."""
+            """Set an option by its current or an older name. Raises ConfigError for removed options that change a run."""
             cls = type(self)
-            refuse_outdated(name, value)
-            if name in cls.__dataclass_fields__:
+            if hasattr(cls, name) or name in cls.__dataclass_fields__:
                 super().__setattr__(name, value)
-            elif name not in cls.ALIASES and (advice := advice_on(name)) and not asks_for_nothing(name, value):
-                raise ConfigError(f"{cls.__name__} has no option {name!r}.{advice}")
             else:
+                refuse_outdated(name, value)
                 super().__setattr__(cls.ALIASES.get(name) or name, value)

@@ -165,6 +165,21 @@ def kinds_of(cls: type) -> dict[str, OptionType]:
     return {field.name: _kind_of_field(cls, field) for field in settable(cls)}
 
 
+LIBRARIES = ("trl", "trlx", "transformers")
+"""Packages whose options have the same meaning, and range, wherever they are declared."""
+
+
+@cache
+def library_kinds(cls: type) -> dict[str, OptionType]:
+    """`kinds_of` without the fields that only a script's subclass declares, which mean what the script says."""
+    names = {name for base in cls.__mro__ if _is_of_library(base) for name in inspect.get_annotations(base)}
+    return {name: kind for name, kind in kinds_of(cls).items() if name in names}
+
+
+def _is_of_library(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in LIBRARIES
+
+
 def declared(cls: type, name: str) -> tuple[type, Any]:
     """The class that declares a field, and its annotation there. `field.type` is no use: `transformers`' parser overwrites it."""
     home = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))

@@ -15,9 +15,10 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from trl.compat import OPTIONS, advice_on, asks_for_nothing
 from trl.errors import ConfigError
 from trl.noise import say_once
-from trl.option_bounds import check_bounds
+from trl.option_bounds import check_bounds, make_whole
 from trl.option_names import OptionNames, Options
 from trl.option_types import check_choices, describe_fields
 from trl.trainers.mapping_options import check_entries, check_mappings
@@ -70,9 +71,13 @@ class _ConfigMeta(OptionNames):
         @property
         def __doc__(cls) -> str:
             """The docstring of the class, followed by its fields with theirs."""
-            words = cls.__dict__.get("__doc__") or ""
+            words = cls.__dict__.get("__doc__") or f"{cls.__name__}."
             # `dataclass` reads `__doc__` while it builds the class, when the fields are not known yet.
             return f"{words}\n\n{describe_fields(cls)}" if "__match_args__" in cls.__dict__ else words
+
+        @__doc__.setter
+        def __doc__(cls, words: str) -> None:
+            type.__dict__["__doc__"].__set__(cls, words)
 
 
 def liger_layers(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -252,7 +257,14 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
         self.plans_checkpointing = plans
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an option of gradient checkpointing under both its names; set after construction, it also ends the planning."""
+        """Set an option of gradient checkpointing under both its names; set after construction, it also ends the planning.
+
+        Raises ConfigError for options of other releases that a script would set in vain.
+        """
+        cls = type(self)
+        is_known = name in cls.ALIASES or hasattr(cls, name)
+        if name in OPTIONS and not is_known and not asks_for_nothing(name, value):
+            raise ConfigError(f"{cls.__name__} has no option {name!r}.{advice_on(name)}")
         super().__setattr__(name, value)
         if name in OTHER_NAMES and "plans_checkpointing" in vars(self):
             self.plans_checkpointing = False
@@ -264,6 +276,7 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
 
         Warns of options without effect.
         """
+        make_whole(self)
         check_choices(self)
         check_mappings(self)
         check_intervals(self)

@@ -12,6 +12,7 @@ from typing import Any
 
 from trl.algorithms.dpo import LOSSES
 from trl.option_bounds import unusual
+from trl.option_types import library_kinds
 from trl.trainers.sampler_options import USED
 
 logger = logging.getLogger(__name__)
@@ -103,9 +104,9 @@ def warn_of_image_options(config: Any) -> None:
 
 def set_in_vain(config: Any) -> list[str]:
     """A warning for every option of `config`, a dataclass, that differs from its default and has no effect."""
-    said = []
+    said, known = [], library_kinds(type(config))
     for field in dataclasses.fields(config):
-        condition, words = CONDITIONS.get(field.name, (None, ""))
+        condition, words = CONDITIONS.get(field.name, (None, "")) if field.name in known else (None, "")
         value = getattr(config, field.name, field.default)
         if condition is not None and value != field.default and not condition(config):
             said.append(f"{field.name}={value!r} has no effect without {words}: leave it out, or set that.")
