@@ -89,6 +89,20 @@ def test_a_schedule_says_what_it_needs(kind, tmp_path):
         SFTConfig(**args)
 
 
+def test_a_plateau_has_a_least_rate_for_each_group(tmp_path):
+    args = {"output_dir": str(tmp_path), **CPU, "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
+    given = {"min_lr": [1e-6, 1e-7], "patience": 2}
+    assert SFTConfig(**args, lr_scheduler_kwargs=given).lr_scheduler_kwargs == given
+    with pytest.raises(ConfigError, match=r"'patence'.* Did you mean 'patience'\? It takes mode, factor, patience"):
+        SFTConfig(**args, lr_scheduler_kwargs={"patence": 2})
+
+
+def test_a_file_of_options_may_be_a_path(tmp_path):
+    (tmp_path / "a.json").write_text('{"even_batches": false}')
+    args = SFTConfig(output_dir=str(tmp_path), **CPU, accelerator_config=tmp_path / "a.json")
+    assert args.accelerator_config.even_batches is False
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import ProjectConfiguration
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
 from transformers import SchedulerType, get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
@@ -45,6 +47,8 @@ def check_mappings(args: Any) -> None:
     entries = known_entries()
     for name in [*args._VALID_DICT_FIELDS, "liger_kernel_config"]:
         given = getattr(args, name, None)
+        if isinstance(given, os.PathLike):
+            setattr(args, name, given := os.fspath(given))
         if not _is_file(name, given) and not isinstance(given, AcceleratorConfig):
             mapping = read_mapping(name, given)
             check_names(name, mapping, entries.get(name, mapping))
@@ -113,16 +117,18 @@ def _check_loading(given: Mapping[str, Any]) -> None:
 def _check_schedule(args: Any) -> None:
     """Raises ConfigError unless a schedule can be made of `lr_scheduler_type` and `lr_scheduler_kwargs`."""
     kind, given = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs or {}
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters.values()
+    schedules = TYPE_TO_SCHEDULER_FUNCTION | {SchedulerType.REDUCE_ON_PLATEAU: ReduceLROnPlateau}
+    parameters = inspect.signature(schedules[kind]).parameters.values()
     known = [p.name for p in parameters if p.name not in SCHEDULE_ARGUMENTS and p.kind is not p.VAR_KEYWORD]
     near = "".join(suggest(str(name), known) for name in given if name not in known)
+    groups = max((len(value) for value in given.values() if isinstance(value, list | tuple)), default=1)
     try:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        optimizer = torch.optim.SGD([{"params": torch.zeros(1)} for _ in range(groups)], lr=1.0)
         get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=10**9, scheduler_specific_kwargs=given)
     except (TypeError, ValueError) as error:
+        takes = f" It takes {', '.join(known)}." if known else ""
         raise ConfigError(
-            f"lr_scheduler_kwargs={given!r} does not fit lr_scheduler_type={kind.value!r}: {error}.{near} It takes "
-            f"{', '.join(known) or 'none'}."
+            f"lr_scheduler_kwargs={given!r} does not fit lr_scheduler_type={kind.value!r}: {error}.{near}{takes}"
         ) from error
 
 
