@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from trl.errors import ConfigError
@@ -141,15 +141,6 @@ def check_numeric(config: Any) -> None:
             raise ConfigError(f"{name}={given!r} is text: give {kind}.")
         if any(isinstance(value, float) and not value.is_integer() for value in invalid):
             raise ConfigError(f"{name}={given!r}: give {kind}.")
-
-
-def make_whole(config: Any) -> None:
-    """Turn whole numbers of other types, such as 1e3 and those of numpy, into ints in options that only take ints."""
-    for name, kind in library_kinds(type(config)).items():
-        value = getattr(config, name, None)
-        is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, Integral)
-        if is_whole and "int" in kind.scalars and kind.invalid_items(value):
-            setattr(config, name, int(value))
 
 
 def numbers_in(value: Any) -> Iterator[float]:

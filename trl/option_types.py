@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import enum
 import inspect
+import os
 import sys
 import textwrap
 import types
@@ -18,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 from trl.errors import ConfigError, unknown
@@ -197,11 +199,28 @@ def _kind_of_field(cls: type, field: dataclasses.Field) -> OptionType:
 
 
 def check_choices(subject: Any) -> None:
-    """Raise ConfigError for the first field of a dataclass whose value is not among the choices of its type hint."""
-    for field, kind in kinds_of(type(subject)).items():
-        invalid_items = kind.invalid_items(getattr(subject, field)) if kind.names else []
+    """Raise ConfigError for the first field of a dataclass whose value is not among the choices of its type hint.
+
+    The default of a script's own field is right, whatever its hint.
+    """
+    cls = type(subject)
+    for field, kind in kinds_of(cls).items():
+        value = getattr(subject, field)
+        is_right = field not in library_kinds(cls) and value is getattr(cls, field, dataclasses.MISSING)
+        invalid_items = kind.invalid_items(value) if kind.names and not is_right else []
         for misfit in (each for each in invalid_items if isinstance(each, _PLAIN)):
             raise ConfigError(unknown(field, str(misfit), map(str, kind.names)))
+
+
+def make_plain(config: Any) -> None:
+    """Turn paths into text, and whole numbers of other types (1e3, those of numpy) into ints, in options that take these."""
+    for name, kind in library_kinds(type(config)).items():
+        value = getattr(config, name, None)
+        if isinstance(value, os.PathLike) and "str" in kind.scalars:
+            setattr(config, name, os.fspath(value))
+        is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, Integral)
+        if is_whole and "int" in kind.scalars and kind.invalid_items(value):
+            setattr(config, name, int(value))
 
 
 # ---- documentation of fields ----

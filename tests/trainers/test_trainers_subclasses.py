@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from dataclasses import InitVar, dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ class Own(SFTConfig):
     stop_token: str = "eos"
     evaluation_strategy: str = "mine"
     group_by_length: bool = True
+    mode: Literal["fast", "slow"] = None
     hidden: InitVar[int] = 0
 
     def __post_init__(self, hidden):
@@ -49,6 +51,8 @@ def test_options_of_a_subclass_mean_what_it_says(tmp_path, caplog):
     assert (args.alpha, args.horizon, args.tools, args.stop_token) == (-3.0, -2, [3], "eos")
     assert (args.evaluation_strategy, args.eval_strategy.value, args.group_by_length) == ("mine", "no", True)
     assert caplog.messages == []
+    with pytest.raises(ConfigError, match="Unknown mode 'slwo'"):
+        Own(output_dir=str(tmp_path), mode="slwo", **CPU)
     with pytest.raises(ConfigError, match=r"learning_rate=-1\.0: give 0 or more"):
         Own(output_dir=str(tmp_path), learning_rate=-1.0, **CPU)
 
@@ -95,6 +99,12 @@ def test_what_is_no_option_of_a_trainer_may_be_set_elsewhere(config):
 def test_whole_numbers_are_integers(name, value, tmp_path):
     found = getattr(SFTConfig(output_dir=str(tmp_path), **CPU, **{name: value}), name)
     assert (type(found), found) == (int, value)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "image_folder", "chat_template_path"])
+def test_paths_are_text(name, tmp_path):
+    args = SFTConfig(**{"output_dir": str(tmp_path), **CPU, name: tmp_path})
+    assert getattr(args, name) == str(tmp_path)
 
 
 def test_numbers_of_numpy_have_bounds(tmp_path):

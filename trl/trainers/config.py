@@ -18,9 +18,9 @@ from transformers import TrainingArguments
 from trl.compat import OPTIONS, advice_on, asks_for_nothing
 from trl.errors import ConfigError
 from trl.noise import say_once
-from trl.option_bounds import check_bounds, make_whole
+from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames, Options
-from trl.option_types import check_choices, describe_fields
+from trl.option_types import check_choices, describe_fields, make_plain
 from trl.trainers.mapping_options import check_entries, check_mappings
 from trl.trainers.option_checks import (
     check_best,
@@ -276,7 +276,7 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
 
         Warns of options without effect.
         """
-        make_whole(self)
+        make_plain(self)
         check_choices(self)
         check_mappings(self)
         check_intervals(self)

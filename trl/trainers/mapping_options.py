@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,6 @@ def check_mappings(args: Any) -> None:
     entries = known_entries()
     for name in [*args._VALID_DICT_FIELDS, "liger_kernel_config"]:
         given = getattr(args, name, None)
-        if isinstance(given, os.PathLike):
-            setattr(args, name, given := os.fspath(given))
         if not _is_file(name, given) and not isinstance(given, AcceleratorConfig):
             mapping = read_mapping(name, given)
             check_names(name, mapping, entries.get(name, mapping))
