@@ -232,3 +232,11 @@ def test_a_beta_for_each_epoch(tmp_path):
     made = OnlineDPOConfig(str(tmp_path), use_cpu=True, beta=[0.3, 0.2])
     assert [made.beta_in(epoch) for epoch in (0, 0.9, 1.0, 5)] == [0.3, 0.3, 0.2, 0.2]
     assert made.make_algorithm().dpo.beta == 0.3
+
+
+def test_none_is_as_left_out_in_sampling(tmp_path):
+    plain = {"output_dir": str(tmp_path), "report_to": [], "temperature": 0.5}
+    without = dict.fromkeys(("top_k", "temperature", "min_new_tokens", "stop_strings", "num_beams"))
+    args = GRPOConfig(**plain, top_k=None, generation_kwargs=without)
+    params = args.sampling_params(max_new_tokens=4, seed=0)
+    assert (params.top_k, params.temperature, params.min_new_tokens, params.stop) == (0, 0.5, 0, ())

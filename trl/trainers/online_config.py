@@ -65,8 +65,8 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
     top_p: float = 1.0
     """Sample from the smallest set of most likely tokens whose probabilities reach this sum."""
 
-    top_k: int = 0
-    """Sample among this many most likely tokens; 0 for all."""
+    top_k: int | None = 0
+    """Sample among this many most likely tokens; 0 or None: among all."""
 
     min_p: float | None = None
     """Sample only tokens at least this fraction as likely as the most likely one."""
@@ -150,7 +150,7 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": self.top_k,
+            "top_k": self.top_k or 0,
             "min_p": self.min_p or 0.0,
             "stop": self.stop_strings,
             "repetition_penalty": self.repetition_penalty,
@@ -160,6 +160,7 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
         options = {NAMES.get(name, name): value for name, value in (self.generation_kwargs or {}).items()}
         known = {field.name for field in fields(SamplingParams)}
         further = {name: options.pop(name) for name in [*options] if name not in known}
+        options = {name: value for name, value in options.items() if value is not None}
         config = GenerationConfig()
         for name in config.update(**further):
             near = suggest(name, [*known, *config.to_dict()])
