@@ -386,6 +386,7 @@ def pretended_cuda() -> Iterator[Recorder]:
         *((torch.cuda, name, function) for name, function in OTHERS.items()),
         (torch.accelerator, "is_available", lambda: True),
         (torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda")),
+        (torch.accelerator, "current_device_index", lambda: 0),
         (torch.accelerator, "current_stream", lambda device=None: Stream()),
         (torch, "Generator", Generator),
         *((place, "autocast", Autocast) for place in (torch, torch.amp, torch.amp.autocast_mode)),

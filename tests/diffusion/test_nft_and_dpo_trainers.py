@@ -104,12 +104,12 @@ def test_nft_fits_good_pictures_by_the_new_policy_and_bad_ones_by_its_reflection
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(2, *run.denoiser.latent_shape, generator=generator)
     items = [NoisedPicture((clean[i],), "a circle", 0.5, i, {"optimality": float(i == 0)}) for i in range(2)]
-    batch = run.collate(items)
+    batch = run.collate(items).to(run.args.device)
     noised = batch.noised(run.denoiser)
     with torch.no_grad():
         old = run._output(run.module, noised)
         for p in run.module.parameters():
-            p.add_(p.requires_grad * 0.2 * torch.randn(p.shape, generator=generator))
+            p.add_(p.requires_grad * 0.2 * torch.randn(p.shape, generator=generator).to(p))
         new = run._output(run.module, noised)
         loss, metrics = run.loss(run.module, batch)
     assert not torch.allclose(new, old, atol=1e-2)
