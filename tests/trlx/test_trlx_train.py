@@ -348,6 +348,12 @@ def samples_and(**arguments):
             DataError,
             "metric_fn returned 1 values of 'metrics/m' for 4 samples",
         ),
+        (
+            default_ppo_config,
+            {"reward_fn": longer, "prompts": PROMPTS, "metric_fn": lambda xs: {"m": [1.0] * len(xs)}},
+            ConfigError,
+            "metric_fn has the argument 'xs', .* samples, prompts, outputs",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together(config_of, default, arguments, error, words):

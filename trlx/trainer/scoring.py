@@ -9,6 +9,7 @@ tokenizer's separator between them for an encoder-decoder. A list per sample has
 
 from __future__ import annotations
 
+import inspect
 import json
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trl.errors import DataError
+from trl.errors import ConfigError, DataError
 from trl.rewards.signature import fitting
 
 SEPARATOR = "<sep>"
@@ -95,7 +96,7 @@ class ScriptReward:
     def _call(self, arguments: Mapping[str, list[Any]]) -> list[Any]:
         texts = {name: arguments[name] for name in ("samples", "prompts", "outputs")}
         given = {**arguments, "tokenizer": self.texts.tokenizer} if self.with_extras else texts
-        found = self.reward_fn(**fitting(self.reward_fn, given))
+        found = self.reward_fn(**passed("reward_fn", self.reward_fn, given))
         if not isinstance(found, Iterable) or isinstance(found, str | Mapping):
             raise DataError(f"reward_fn returned {found!r:.60}: it must return a list with one reward for each sample.")
         return found.tolist() if isinstance(found, Tensor) else list(found)
@@ -118,7 +119,7 @@ def script_metrics(metric_fn: Callable, texts: Texts) -> Callable[..., Mapping[s
         prompts: Sequence[str], completions: Sequence[str], completion_ids: Sequence[list[int]], **columns: Any
     ) -> Mapping[str, Sequence[float]]:
         arguments = {**texts.arguments(prompts, completion_ids), **_of_prompts(columns, len(prompts))}
-        found = metric_fn(**fitting(metric_fn, arguments))
+        found = metric_fn(**passed("metric_fn", metric_fn, arguments))
         if not isinstance(found, Mapping):
             raise DataError(
                 f"metric_fn returned {found!r:.60}: it must return a dict from names to lists with one number per sample."
@@ -126,6 +127,18 @@ def script_metrics(metric_fn: Callable, texts: Texts) -> Callable[..., Mapping[s
         return {f"metrics/{name}": values for name, values in found.items()}
 
     return measure
+
+
+def passed(name: str, function: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments in `given` that a script's function takes. Raises ConfigError if it needs one of another name."""
+    found = fitting(function, given)
+    for parameter in inspect.signature(function).parameters.values():
+        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and parameter.default is parameter.empty and parameter.name not in found:
+            raise ConfigError(
+                f"{name} has the argument {parameter.name!r}, but it is passed by name: {', '.join(given)}. Rename it."
+            )
+    return found
 
 
 def _of_prompts(columns: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
