@@ -315,6 +315,11 @@ def decode(row: Mapping[str, Any]) -> list[Example]:
     """
     if "seq_lengths" in row:
         return _documents(row)
+    if "prompt_ids" not in row:
+        raise DataError(
+            f"This row is not encoded: it has the columns {', '.join(row)}. A trainer encodes the rows that it is made with; "
+            "a dataset that replaces trainer.train_dataset later needs the columns of the dataset that it replaces."
+        )
     ids = row.get("completion_ids", ())
     masks = row["completion_mask"] if "completion_mask" in row else [None] * len(ids)
     numbers = {n: v for n, v in row.items() if n not in _LAYOUT_COLUMNS and isinstance(v, int | float | list)}
