@@ -64,6 +64,15 @@ def test_a_chat_template_ends_where_the_answer_begins():
     assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == "User: Hi\n\nAssistant:"
 
 
+def test_a_batch_for_a_classifier():
+    from trl.core import build_bert_batch_from_txt
+
+    tokenizer = make_tokenizer()
+    ids, mask = build_bert_batch_from_txt(["A fox.", "No."], tokenizer, "cpu")
+    assert ids.shape == mask.shape
+    assert tokenizer.decode(ids[1][mask[1].bool()], skip_special_tokens=True) == "No."
+
+
 def test_the_environment():
     from trl.env_utils import strtobool
     from trl.import_utils import is_npu_available, is_peft_available, is_xpu_available

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from trl.data.sources import ScriptArguments
 from trl.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -128,6 +129,14 @@ def strtobool(val: str) -> bool:
     if val.lower() not in TRUE + FALSE:
         raise ValueError(f"{val!r} is neither true nor false: give one of {', '.join(TRUE + FALSE)}.")
     return val.lower() in TRUE
+
+
+def build_bert_batch_from_txt(
+    text_list: Sequence[str], tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask `[B,T]` of texts, for a classifier that scores them."""
+    batch = tokenizer(list(text_list), padding=True, return_tensors="pt").to(device)
+    return batch["input_ids"], batch["attention_mask"]
 
 
 def init_zero_verbose() -> None:

@@ -59,7 +59,7 @@ METHODS = ("trl.experimental", "trl.scripts")
 
 _CLASSIC = """
 DPOScriptArguments DpoScriptArguments RewardScriptArguments SFTScriptArguments SIMPLE_CHAT_TEMPLATE
-SIMPLE_SFT_CHAT_TEMPLATE SftScriptArguments aesthetic_scorer conversations_formatting_function
+SIMPLE_SFT_CHAT_TEMPLATE SftScriptArguments aesthetic_scorer build_bert_batch_from_txt conversations_formatting_function
 init_zero_verbose is_bitsandbytes_available is_deepspeed_available is_diffusers_available
 is_liger_kernel_available is_mergekit_available is_npu_available is_peft_available is_rich_available
 is_unsloth_available is_vllm_available is_wandb_available is_xpu_available strtobool
@@ -71,7 +71,8 @@ OBJECTIVE = "an algorithm of your own is a class with `advantages` and `loss`: s
 PADDING = "trainers pad and mask by themselves: leave `data_collator` out."
 REPORT = "`log_completions` logs completions, and every run writes a report with samples: see `trl report`."
 BY_REWARD = (
-    "`OnlineDPOTrainer` ranks completions by reward functions; a judge can be a reward function that returns 1 and 0."
+    "`OnlineDPOTrainer` ranks completions by reward functions, or by `judge=`: a function of prompts and completions that "
+    "returns the index of each prompt's best."
 )
 LOSS = "Override `loss(model, batch) -> (loss, metrics)`."
 METRICS = "Return them from `loss`, or override `log(logs, start_time)`."
@@ -90,10 +91,13 @@ _TOGETHER = {
         "ServerDistillationTrainer TPOTrainer"
     ),
     BY_REWARD: (
-        "AllTrueJudge BaseJudge BasePairwiseJudge BaseRankJudge HfPairwiseJudge OpenAIPairwiseJudge PairRMJudge "
+        "AllTrueJudge BaseBinaryJudge BaseJudge BasePairwiseJudge BaseRankJudge HfPairwiseJudge OpenAIPairwiseJudge PairRMJudge "
         "RandomPairwiseJudge RandomRankJudge"
     ),
-    SIX_LINES: "BEMACallback MergeModelCallback",
+    SIX_LINES: "BEMACallback MergeConfig MergeModelCallback",
+    "trainers prepare the models that they are given by themselves: leave it out.": (
+        "prepare_deepspeed prepare_fsdp prepare_peft_model"
+    ),
     "give a `rollout_func`: see docs/scaling.md.": "generate_rollout_completions get_nemo_gym_rollout_func",
     PADDING: "DPODataCollatorWithPadding DataCollatorForPreference RewardDataCollatorWithPadding",
     "use `ScriptArguments`.": "GRPOScriptArguments KTOScriptArguments RLOOScriptArguments",
@@ -112,7 +116,9 @@ REMOVED |= {
     "DDPOStableDiffusionPipeline": "it is a base class: use `DefaultDDPOStableDiffusionPipeline`.",
     "DataCollatorForChatML": "`SFTTrainer` takes `messages` as they are, and `assistant_only_loss=True`.",
     "DataCollatorForLanguageModeling": "import it from `transformers`; without a `data_collator`, trainers pad and batch rows by themselves.",
+    "AdaptiveKLController": "set `adap_kl_ctrl=True`, `target` and `horizon` of `PPOConfig`.",
     "FDivergenceConstants": "give `f_divergence_type` and `f_alpha_divergence_coef` of `DPOConfig`.",
+    "FixedKLController": "set `adap_kl_ctrl=False` and `init_kl_coef` of `PPOConfig`.",
     "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",
     "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`, and `epsilon=0.4`, as its paper has.',
     "IterativeSFTTrainer": "train an `SFTTrainer` on each round's rows.",
@@ -120,10 +126,14 @@ REMOVED |= {
     "PRMTrainer": "use `RewardTrainer` with rows of `prompt`, `completions`, `labels`.",
     "PreTrainedModelWrapper": "it is a base class: use `AutoModelForCausalLMWithValueHead`.",
     "VLLMClient": "set `use_vllm=True` of the configuration: see docs/scaling.md.",
+    "SUPPORTED_ARCHITECTURES": "value heads are added to every architecture of `transformers` that generates text.",
     "compute_accuracy": "`RewardTrainer` logs `accuracy` already.",
     "disable_dropout_in_model": "set `disable_dropout=True` of the configuration.",
+    "enable_selective_activation_checkpointing": "set `gradient_checkpointing=True` of the configuration.",
     "generate_model_card": "every trainer writes one: `trainer.create_model_card()`.",
     "get_training_chat_template": "`assistant_only_loss=True` works with any chat template, unpatched.",
+    "get_act_offloading_ctx_manager": "set `activation_offloading=True` of the configuration.",
+    "pack_examples": "use `pack_dataset`, or `packing=True` of the configuration.",
     "peft_module_casting_to_bf16": "set `bf16=True` of the configuration: weights keep the dtype that they were loaded in.",
     "prepare_multimodal_messages": "rows with images are read as they are: see docs/vision.md.",
     "truncate_dataset": "set `max_length` of the configuration: trainers count truncated rows, and report them.",
@@ -144,6 +154,7 @@ ARGUMENTS |= dict.fromkeys(
     "give it in `model_init_kwargs`, or load the model yourself.",
 )
 ARGUMENTS |= {
+    "config": "use `args`.",
     "environment_factory": TOOLS,
     "judge": BY_REWARD,
     "model_init": f"give the model itself, or its name. {SWEEP}",
@@ -166,7 +177,48 @@ OPTIONS = {
     "stop_token": "responses end with the model's end-of-sequence tokens; `generation_kwargs` may name others.",
     "total_episodes": "set `max_steps` or `num_train_epochs`.",
 }
-"""Options of configurations in other releases, and what to use instead."""
+_REGEX = "completions cannot be constrained to a regular expression: let a reward function check them."
+OPTIONS |= dict.fromkeys(
+    ("max_density_ratio", "min_density_ratio", "prompt_sample_size"),
+    "`BCOTrainer` does not weigh prompts by the ratio of their densities: leave it out.",
+)
+OPTIONS |= {
+    "kl_estimator": "set `kl_penalty`.",
+    "normalize_reward": "set normalize_advantages=True.",
+    "stop_token_id": OPTIONS["stop_token"],
+    "token_level_kl": "the KL penalty is part of a completion's reward: leave it out.",
+    "vllm_device": "set `vllm_mode`: vLLM runs on the GPUs of training or in a server. See docs/scaling.md.",
+    "vllm_dtype": "vLLM computes in the dtype that the weights are saved in: leave it out.",
+    "vllm_enable_prefix_caching": "vLLM chooses this by itself: leave it out.",
+    "vllm_guided_decoding_regex": _REGEX,
+    "whiten_rewards": "set normalize_advantages=True.",
+}
+OPTIONS |= {
+    "adafactor": "set optim='adafactor'.",
+    "dispatch_batches": "set it in `accelerator_config`.",
+    "fp16_backend": "`transformers` 5 has PyTorch's autocast alone: leave it out.",
+    "fsdp_min_num_params": "set `min_num_params` in `fsdp_config`.",
+    "fsdp_transformer_layer_cls_to_wrap": "set `transformer_layer_cls_to_wrap` in `fsdp_config`.",
+    "half_precision_backend": "`transformers` 5 has PyTorch's autocast alone: leave it out.",
+    "include_inputs_for_metrics": "set include_for_metrics=['inputs'].",
+    "jit_mode_eval": "`transformers` 5 has no tracing for evaluations: leave it out.",
+    "optimize_cuda_cache": "set torch_empty_cache_steps=1.",
+    "per_gpu_eval_batch_size": "set `per_device_eval_batch_size`.",
+    "per_gpu_train_batch_size": "set `per_device_train_batch_size`.",
+    "push_to_hub_model_id": "set `hub_model_id`.",
+    "push_to_hub_organization": "set `hub_model_id`, with the organization before the slash.",
+    "push_to_hub_token": "set `hub_token`.",
+    "split_batches": "set it in `accelerator_config`.",
+    "torchdynamo": "set `torch_compile` and `torch_compile_backend`.",
+    "tpu_metrics_debug": "set debug='tpu_metrics_debug'.",
+    "tpu_num_cores": "leave it out: the launcher sets the number of processes.",
+    "use_ipex": "`transformers` 5 does not use this package: leave it out.",
+    "use_legacy_prediction_loop": "`transformers` 5 has one loop: leave it out.",
+}
+"""Options of configurations in other releases of TRL and in `transformers` 4, and what to use instead."""
+DEFAULTS = dict.fromkeys(("fp16_backend", "half_precision_backend", "vllm_device", "vllm_dtype"), "auto")
+DEFAULTS |= {"kl_estimator": "k1", "vllm_enable_prefix_caching": True}
+"""Values of `OPTIONS` that ask for nothing, besides None, False and 0."""
 
 _HOOKS = {
     LOSS: (
@@ -205,7 +257,8 @@ SAMPLER = {
 
 def asks_for_nothing(name: str, value: Any) -> bool:
     """True if an option or argument of another release was given a value that turns it off, so that it can be ignored."""
-    return name in ARGUMENTS | OPTIONS and (value is None or (isinstance(value, int) and not value))
+    off = value is None or (isinstance(value, int) and not value)
+    return name in ARGUMENTS | OPTIONS and (off or value == DEFAULTS.get(name))
 
 
 def remedy(name: str, known: Iterable[str]) -> str:
