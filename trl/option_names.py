@@ -72,7 +72,8 @@ class OptionNames(type):
             if today and today not in fields and not takes_any:
                 if asks_for_nothing(name, value):
                     continue
-                raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *cls.ALIASES])}")
+                older = [alias for alias, today in cls.ALIASES.items() if today]
+                raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *older])}")
             if today in spelled:
                 both = f"{spelled[today]!r} and {name!r}"
                 raise ConfigError(f"{cls.__name__} was given {both}, two names of the option {today!r}: keep one.")

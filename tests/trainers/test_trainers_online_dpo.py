@@ -13,7 +13,7 @@ from tests.trainers.online_support import (
     gradient,
     make_trainer,
 )
-from trl.errors import DataError
+from trl.errors import ConfigError, DataError
 from trl.trainers.online_dpo import JudgeReward, OnlineDPOTrainer
 
 # ---- online DPO ----
@@ -50,6 +50,11 @@ def test_a_judge_ranks(make_model, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["pairs"] == 0.5
     assert trainer.state.log_history[0]["rewards/judge/mean"] == 0.5
+
+
+def test_a_judge_is_a_function(make_model):
+    with pytest.raises(ConfigError, match="judge is a str: give a function"):
+        OnlineDPOTrainer(make_model("llama"), judge="pair_rm")
 
 
 @pytest.mark.parametrize("winner", [2, -2, 0.5, None])

@@ -33,6 +33,7 @@ from trl import (
     OnlineDPOConfig,
     PPOConfig,
     RewardTrainer,
+    RLOOTrainer,
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
@@ -351,6 +352,56 @@ def test_options_elsewhere_may_be_off(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"CPOConfig has no option 'generate_during_eval'\. `log_completions`"):
         CPOConfig(**given, generate_during_eval=True)
+
+
+@pytest.mark.parametrize(("option", "value"), [("use_ipex", False), ("fp16_backend", "auto"), ("use_mps_device", True)])
+def test_options_of_earlier_transformers_may_be_off(tmp_path, option, value):
+    args = SFTConfig(output_dir=str(tmp_path), report_to=[], **{option: value})
+    assert not hasattr(args, option)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "now"),
+    [("adafactor", True, "optim='adafactor'"), ("fp16_backend", "apex", "leave it out")],
+)
+def test_options_of_earlier_transformers_say_what_to_do(tmp_path, option, value, now):
+    with pytest.raises(ConfigError, match=rf"SFTConfig has no option '{option}'\. .*{now}"):
+        SFTConfig(output_dir=str(tmp_path), report_to=[], **{option: value})
+
+
+@pytest.mark.parametrize(("name", "now"), [("policy", "Use `model`"), ("config", "Use `args`")])
+def test_arguments_of_an_earlier_online_trainer_say_what_to_do(name, now):
+    with pytest.raises(ConfigError, match=f"RLOOTrainer has no argument '{name}'. {now}"):
+        RLOOTrainer(**{name: "gpt2"})
+
+
+def test_an_option_without_effect_is_no_suggestion(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        SFTConfig(output_dir=str(tmp_path), use_mps_devices=True)
+    assert "Did you mean" not in str(refused.value)
+
+
+def test_a_configuration_is_extended_by_options_of_ones_own(tmp_path):
+    @dataclasses.dataclass
+    class Mine(DPOConfig):
+        margin: float = 0.5
+
+    args = Mine(output_dir=str(tmp_path), report_to=[], max_length=8)
+    assert (args.margin, args.max_length) == (0.5, 8)
+    assert Mine.__doc__.splitlines()[0] == DPOConfig.__doc__.splitlines()[0]
+    assert "margin: float = 0.5" in Mine.__doc__.splitlines()
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, GRPOTrainer])
+def test_rows_that_replace_those_of_a_trainer_are_encoded(make_model, tmp_path, trainer):
+    online = trainer is GRPOTrainer
+    rows = prompts(4) if online else TEXTS
+    given = {"reward_funcs": letters} if online else {}
+    options = {"num_generations": 2, "max_completion_length": 2} if online else {}
+    run = made(trainer, make_model("llama"), rows, tmp_path, given=given, **options)
+    run.train_dataset = rows
+    with pytest.raises(DataError, match="not encoded"):
+        run.train()
 
 
 def test_the_loss_in_chunks_is_the_loss(make_model, tmp_path):

@@ -38,6 +38,7 @@ ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
     "no_cuda": "use_cpu",
+    "use_mps_device": "",
     "group_by_length": "",
     "save_safetensors": "",
     "include_tokens_per_second": "",
@@ -46,6 +47,7 @@ ALIASES = {
     "chars_per_token": "",
     "infinite": "",
     "use_liger": "use_liger_kernel",
+    "use_liger_loss": "",
 }
 """Older names of options → today's. Empty: the option is accepted and ignored, since its effect is now the default."""
 
@@ -70,8 +72,8 @@ class _ConfigMeta(OptionNames):
 
         @property
         def __doc__(cls) -> str:
-            """The docstring of the class, followed by its fields with theirs."""
-            words = cls.__dict__.get("__doc__") or f"{cls.__name__}."
+            """The docstring of the class, or else of the nearest base that has one, followed by its fields with theirs."""
+            words = next(text for base in cls.__mro__ if (text := base.__dict__.get("__doc__")))
             # `dataclass` reads `__doc__` while it builds the class, when the fields are not known yet.
             return f"{words}\n\n{describe_fields(cls)}" if "__match_args__" in cls.__dict__ else words
 

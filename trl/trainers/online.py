@@ -71,7 +71,7 @@ class OnlineTrainer(OnlineAttributes, RolloutTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | PreTrainedModel | nn.Module | None = None,
         reward_funcs: Any = None,
         args: OnlineConfig | None = None,
         train_dataset: Rows | None = None,

@@ -30,6 +30,7 @@ ALIASES = {
     "vllm_importance_sampling_clip_max": "importance_sampling_clip_max",
     "vllm_importance_sampling_cap": "importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min": "importance_sampling_clip_min",
+    "vllm_max_model_len": "vllm_max_model_length",
     "wandb_log_unique_prompts": "log_unique_prompts",
     "cache_implementation": "",
     "ds3_gather_for_generation": "",
@@ -37,7 +38,6 @@ ALIASES = {
     "use_transformers_continuous_batching": "",
     "transformers_continuous_batching_config": "",
     "use_transformers_paged": "",
-    "use_liger_loss": "",
 }
 
 NAMES = {"stop_strings": "stop"}

@@ -107,7 +107,7 @@ class OnlineDPOTrainer(OnlineTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | PreTrainedModel | nn.Module | None = None,
         reward_funcs: Any = None,
         args: OnlineDPOConfig | None = None,
         train_dataset: Rows | None = None,
@@ -122,6 +122,8 @@ class OnlineDPOTrainer(OnlineTrainer):
         if judge is not None:
             if reward_funcs is not None:
                 raise ConfigError("judge and reward_funcs both rank completions: give one of them.")
+            if not callable(judge):
+                raise ConfigError(f"judge is a {type(judge).__name__}: give a function, judge(prompts, completions).")
             reward_funcs = JudgeReward(judge)
         if ref_model is not None:
             if keywords.get("reference") is not None:

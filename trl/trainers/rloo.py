@@ -26,6 +26,7 @@ class RLOOConfig(OnlineConfig):
         "rloo_k": "num_generations",
         "kl_coef": "beta",
         "cliprange": "epsilon",
+        "num_ppo_epochs": "num_iterations",
         "normalize_advantage": "normalize_advantages",
     }
 
