@@ -181,6 +181,31 @@ def test_collators_are_told_what_is_trained_on(make_model, tmp_path, rows, colla
 # ---- trainers ----
 
 
+def test_a_list_goes_to_a_collator_as_a_dataset_does(make_model, tmp_path):
+    """A row of a list may be of any type; evaluation sets may be lists, too."""
+    tokenizer = make_tokenizer()
+
+    def collate(rows):
+        texts = [row["text"] if isinstance(row, dict) else row[0] for row in rows]
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    def losses(train, evaluation):
+        given = {"data_collator": collate, "eval_dataset": evaluation}
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "eval_strategy": "steps", "eval_steps": 1}
+        run = made(SFTTrainer, make_model("llama"), train, tmp_path, given=given, overwrite_output_dir=True, **options)
+        run.train()
+        return [entry.get("loss", entry.get("eval_a_loss")) for entry in run.state.log_history]
+
+    listed = [[text] for text in TEXTS["text"]]
+    assert losses(listed, {"a": listed[:3]}) == losses(TEXTS, {"a": TEXTS.select(range(3))})
+
+
+def test_a_list_needs_a_collator(make_model, tmp_path):
+    with pytest.raises(ConfigError, match="train_dataset has to be a Dataset"):
+        made(SFTTrainer, make_model("llama"), list(TEXTS), tmp_path, dataset_kwargs={"skip_prepare_dataset": True})
+
+
 def test_a_completion_under_another_prompt_has_no_number_of_its_own(make_model, tmp_path):
     """Before the first step policy is reference, so h = 0 under every prompt."""
     run = made(KTOTrainer, make_model("llama"), LABELLED, tmp_path, precompute_ref_log_probs=True)

@@ -99,7 +99,7 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
     pads_labels, said = isinstance(data_collator, DataCollatorForSeq2Seq), set[str]()
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        if ENCODED & rows[0].keys():
+        if isinstance(rows[0], Mapping) and ENCODED & rows[0].keys():
             rows = [_labelled(example, always=pads_labels) for example in collate_examples(rows)]
         elif images is not None:
             return [example for row in rows for example in _with_inputs(data_collator([row]), images)]

@@ -18,6 +18,7 @@ from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
 from trl.data.examples import collate_examples, columns_of
 from trl.data.layout import lay_out
+from trl.data.listed import ListedRows
 from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError
 from trl.models.adapters import prompt_adapter
@@ -156,6 +157,13 @@ class SFTTrainer(BaseTrainer):
         if only_tokens and self.leaves_rows and self.has_own_collator and config._name_or_path:
             return load_processor(unwrap(self.model), trust_remote_code=self.args.trust_remote_code)
         return self.processing_class
+
+    def _encode_all(self, train: Rows | None, evaluation: EvalRows) -> tuple[Rows | None, EvalRows]:
+        if self.leaves_rows and self.has_own_collator:
+            listed = ListedRows()
+            train, evaluation = listed.dataset(train), listed.dataset(evaluation)
+            self.to_examples = listed.looking_up(self.to_examples)
+        return super()._encode_all(train, evaluation)
 
     def in_known_columns(self, rows: Rows) -> Rows:
         as_they_are = self.formatting_func is not None or self.leaves_rows
