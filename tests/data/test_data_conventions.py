@@ -123,6 +123,19 @@ def test_a_prompt_is_asked_and_other_columns_are_left_to_rewards():
 
 
 @pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"prompt": said("Far?", system="Be brief."), "answer": "4"}, {"prompts_only": True}),
+        ({"prompt": "Far?", "chosen": " No.", "rejected": " Yes."}, {}),
+        ({"prompt": said("Far?"), "completion": answer("No.")}, {}),
+    ],
+)
+def test_a_prompt_that_was_made_from_a_question_is_kept(row, options):
+    row = {"question": "Is it far?", **row}
+    assert known(row, **options) == row
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"text": "a", "instruction": "b", "output": "c"},

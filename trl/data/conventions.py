@@ -35,7 +35,7 @@ Row = Mapping[str, Any]
 Rows = Dataset | IterableDataset
 
 ASKED = ("instruction", "question", "query", "prompt", "input")
-"""Columns that may hold the question; the first of them that exists is used."""
+"""Columns that may hold the question; the first of them that exists is used, unless `prompt` stands beside what it needs."""
 ANSWERED = ("completion", "output", "answer", "response")
 CHATS = ("messages", "conversations", "conversation")
 PAIR = ("chosen", "rejected")
@@ -102,7 +102,7 @@ def recognise(
     """The convention of rows with these columns, judged by the first row; None if they need no conversion."""
     present = set(columns)
     chat = next((name for name in CHATS if name in present), None)
-    asked = next((name for name in ASKED if name in present), None)
+    asked = _question_in(present, prompts_only=prompts_only)
     answer = next((name for name in ANSWERED if name in present - {asked}), None)
     has_pair = present.issuperset(PAIR) and not prompts_only
     has_system = not present.isdisjoint(SYSTEMS)
@@ -132,6 +132,13 @@ def recognise(
     if chat is not None:
         return _with_system(chat) if has_system or chat == "conversation" else None
     return None if asked is None or answer is None else _questions(asked, present, has_template, (answer,))
+
+
+def _question_in(present: Collection[str], *, prompts_only: bool) -> str | None:
+    """The column that holds the question. A complete row of our own columns keeps its `prompt`, made from another perhaps."""
+    is_complete = prompts_only or "completion" in present or set(PAIR) <= set(present)
+    order = ("prompt", *ASKED) if is_complete else ASKED
+    return next((name for name in order if name in present), None)
 
 
 def _is_text(present: Collection[str], text_field: str | None) -> bool:
