@@ -145,6 +145,7 @@ def test_all_mistakes_of_a_command_line_are_told_at_once():
     ("text", "message"),
     [
         ("learnin_rate: 1", r"c.yaml: unknown key 'learnin_rate'. Did you mean 'learning_rate'\?"),
+        ("vllm_device: cuda:3", "c.yaml: unknown key 'vllm_device'. Set `vllm_mode`"),
         ("steps: many", "c.yaml: steps was given 'many', but takes an int or none."),
         ("path: 5", r"c.yaml: path was given 5, but takes text or none. Put it in quotes."),
         ("columns: [1]", "c.yaml: columns was given .1., but takes text"),
@@ -159,6 +160,14 @@ def test_refused_files(tmp_path, monkeypatch, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         parse("--config", "c.yaml")
+
+
+def test_keys_of_other_releases_may_ask_for_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text("vllm_device: auto\ngenerate_during_eval: false\n")
+    assert parse("--config", str(tmp_path / "c.yaml")) == (Data(), Training())
+    (tmp_path / "c.yaml").write_text("vllm_device: cuda:3\n")
+    with pytest.raises(ConfigError, match="unknown key 'vllm_device'. Set `vllm_mode`"):
+        parse("--config", str(tmp_path / "c.yaml"))
 
 
 def test_missing_file_names_its_neighbour(tmp_path):

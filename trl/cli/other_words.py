@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from trl.compat import advice_on
 from trl.errors import suggest
 
 _COMMON = {
@@ -152,8 +153,11 @@ TOOLS = (
 
 
 def suggest_option(name: str, options: Collection[str], others: Iterable[str] = (), *, dashes: str = "") -> str:
-    """` Did you mean '--learning_rate'?`: a suggestion by the meaning of a word, else by similar spelling."""
+    """` Did you mean '--learning_rate'?`: what to use instead of an option of other releases, or a suggestion by the meaning of
+    a word, else by similar spelling."""
     name = name.replace("-", "_")
+    if advice := advice_on(name):
+        return advice
     meant = COMMON.get(name.lower())
     if meant in options:
         return f" Did you mean '{dashes}{meant}'?"

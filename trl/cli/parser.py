@@ -21,6 +21,7 @@ import yaml
 from trl.cli.fields import REQUIRED, Option, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
+from trl.compat import asks_for_nothing
 from trl.errors import ConfigError, TrlError, suggest, suggest_beside
 from trl.option_types import settable
 
@@ -212,8 +213,12 @@ class OptionParser:
         dashes = f" Did you mean '--{word.lstrip('-')}'?" if word.lstrip("-").replace("-", "_") in self.options else ""
         raise ConfigError(f"Unexpected {word!r}: options start with two dashes.{dashes}")
 
+    def _renamed(self) -> list[str]:
+        """Older names of options that have an effect."""
+        return [old for old, new in self.aliases.items() if new]
+
     def _refuse_option(self, name: str) -> NoReturn:
-        hint = suggest_option(name, self.options, ("config", *self.aliases), dashes="--")
+        hint = suggest_option(name, self.options, ("config", *self._renamed()), dashes="--")
         raise ConfigError(f"Unknown option --{name}.{hint}")
 
     # ---- files ----
@@ -235,9 +240,11 @@ class OptionParser:
             self._refuse_two_names(str(key), name, spelled)
             if name is None and keep_keys:
                 given.rest_of_files += [f"--{key}", str(value)]
+            elif name is None and asks_for_nothing(str(key), value):
+                given.outdated[str(key)] = value
             elif name is None:
                 strange.append(str(key))
-                hint = suggest_option(str(key), self.options, (*self.aliases, "env"))
+                hint = suggest_option(str(key), self.options, (*self._renamed(), "env"))
                 mistakes.append(f"unknown key {key!r}.{hint}")
             elif not name:
                 given.outdated[str(key)] = value
