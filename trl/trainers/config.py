@@ -72,8 +72,8 @@ class _ConfigMeta(OptionNames):
 
         @property
         def __doc__(cls) -> str:
-            """The docstring of the class, or else of the nearest base that has one, followed by its fields with theirs."""
-            words = next(text for base in cls.__mro__ if (text := base.__dict__.get("__doc__")))
+            """The docstring of the class, followed by its fields with theirs."""
+            words = cls.__dict__.get("__doc__") or f"{cls.__name__}."
             # `dataclass` reads `__doc__` while it builds the class, when the fields are not known yet.
             return f"{words}\n\n{describe_fields(cls)}" if "__match_args__" in cls.__dict__ else words
 
