@@ -413,7 +413,6 @@ def test_a_configuration_is_extended_by_options_of_ones_own(tmp_path):
 
     args = Mine(output_dir=str(tmp_path), report_to=[], max_length=8)
     assert (args.margin, args.max_length) == (0.5, 8)
-    assert Mine.__doc__.splitlines()[0] == DPOConfig.__doc__.splitlines()[0]
     assert "margin: float = 0.5" in Mine.__doc__.splitlines()
 
 
