@@ -16,6 +16,7 @@ processes that a test starts do not see the device.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
@@ -174,6 +175,8 @@ class Functions(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function in SAYS:
             return SAYS[function](args[0]) if is_on_device(args[0]) else function(*args)
+        if function is torch.device and isinstance(args[0], int):
+            return torch.device("cuda", args[0])
         if function in (Tensor.to, Tensor.cuda, Tensor.cpu):
             return _to(function, args, kwargs)
         if function is Tensor.backward:
@@ -413,6 +416,7 @@ def pretended_cuda() -> Iterator[Recorder]:
     with ExitStack() as stack:
         AcceleratorState._reset_state(reset_partial_state=True)
         stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
+        stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # threads do not see the device
         for place, name, new in patches:
             stack.enter_context(patch.object(place, name, new))
         stack.enter_context(Operations())
