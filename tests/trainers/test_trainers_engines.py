@@ -71,7 +71,7 @@ def test_a_wait_that_failed_says_who_waited(args, make_model, tokenizer):
     trainer = SFTTrainer(make_model("llama"), args, tokenizer=tokenizer)
     with pytest.raises(RuntimeError, match="Process 0 of 1 waited for the others in step 1: .* ddp_timeout=7 s"):  # noqa: SIM117
         with explain_waits(trainer.args, lambda: trainer.state.global_step):
-            raise RuntimeError("[pair.cc:1] Timed out waiting 7000ms for recv operation to complete")
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Timed out waiting 7000ms for recv operation to complete")
     with (
         pytest.raises(RuntimeError, match="^another error$"),
         explain_waits(trainer.args, lambda: trainer.state.global_step),
