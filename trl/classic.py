@@ -5,14 +5,18 @@ They are found under those old paths, and not among the public names of `trl`: n
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from accelerate.utils import is_npu_available as is_npu_available
+from accelerate.utils import is_xpu_available as is_xpu_available
 
 from trl.data.sources import ScriptArguments
 from trl.errors import DataError
+from trl.imports import is_available
 
 if TYPE_CHECKING:
     import torch
@@ -98,10 +102,9 @@ def conversations_formatting_function(
         found = row.get(messages_field)
         if not found:
             raise DataError(f"column {messages_field!r} is missing or empty: it should have a conversation.")
-        batched = not isinstance(found[0], Mapping)
-        return tokenizer.apply_chat_template(found, tokenize=False) if not batched else [
-            tokenizer.apply_chat_template(each, tokenize=False) for each in found
-        ]  # fmt: skip
+        if isinstance(found[0], Mapping):
+            return tokenizer.apply_chat_template(found, tokenize=False)
+        return [tokenizer.apply_chat_template(each, tokenize=False) for each in found]
 
     return text_of
 
@@ -119,6 +122,14 @@ def aesthetic_scorer(hub_model_id: str, model_filename: str) -> Callable[..., tu
     return lambda images, prompts, metadata: (reward(images.clamp(0, 1)), {})
 
 
+def build_bert_batch_from_txt(
+    text_list: Sequence[str], tokenizer: PreTrainedTokenizerBase, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask `[B,T]` of texts, for a classifier that scores them."""
+    batch = tokenizer(list(text_list), padding=True, return_tensors="pt").to(device)
+    return batch["input_ids"], batch["attention_mask"]
+
+
 # ---- the environment ----
 
 TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
@@ -131,43 +142,19 @@ def strtobool(val: str) -> bool:
     return val.lower() in TRUE
 
 
-def build_bert_batch_from_txt(
-    text_list: Sequence[str], tokenizer: PreTrainedTokenizerBase, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask `[B,T]` of texts, for a classifier that scores them."""
-    batch = tokenizer(list(text_list), padding=True, return_tensors="pt").to(device)
-    return batch["input_ids"], batch["attention_mask"]
-
-
 def init_zero_verbose() -> None:
     """Show only errors in logs, and warnings through them."""
     logging.basicConfig(level=logging.ERROR)
     logging.captureWarnings(True)
 
 
-def is_npu_available() -> bool:
-    from accelerate.utils import is_npu_available
-
-    return bool(is_npu_available())
-
-
-def is_xpu_available() -> bool:
-    from accelerate.utils import is_xpu_available
-
-    return bool(is_xpu_available())
-
-
-def _is_installed(package: str) -> Callable[[], bool]:
-    return lambda: importlib.util.find_spec(package) is not None
-
-
-is_bitsandbytes_available = _is_installed("bitsandbytes")
-is_deepspeed_available = _is_installed("deepspeed")
-is_diffusers_available = _is_installed("diffusers")
-is_liger_kernel_available = _is_installed("liger_kernel")
-is_mergekit_available = _is_installed("mergekit")
-is_peft_available = _is_installed("peft")
-is_rich_available = _is_installed("rich")
-is_unsloth_available = _is_installed("unsloth")
-is_vllm_available = _is_installed("vllm")
-is_wandb_available = _is_installed("wandb")
+is_bitsandbytes_available = partial(is_available, "bitsandbytes")
+is_deepspeed_available = partial(is_available, "deepspeed")
+is_diffusers_available = partial(is_available, "diffusers")
+is_liger_kernel_available = partial(is_available, "liger_kernel")
+is_mergekit_available = partial(is_available, "mergekit")
+is_peft_available = partial(is_available, "peft")
+is_rich_available = partial(is_available, "rich")
+is_unsloth_available = partial(is_available, "unsloth")
+is_vllm_available = partial(is_available, "vllm")
+is_wandb_available = partial(is_available, "wandb")

@@ -125,7 +125,6 @@ RECIPES: Mapping[str, str] = {
     "chat_template": "chat_template_path: a .jinja file with the template",
     "preprocessing_num_workers": "dataset_num_proc",
     "auto_insert_empty_system_msg": "",
-    "vllm_device": "",
     "benchmarks": "",
     "callbacks": "",
 }

@@ -49,19 +49,12 @@ SHOWN = 3
 DTYPE = "float32"
 """Precision of weights that are loaded without `dtype`."""
 
-LOADING = (
-    *(
-        "dtype",
-        "attn_implementation",
-        "device_map",
-        "max_memory",
-        "offload_folder",
-        "quantization_config",
-        "load_in_4bit",
-    ),
-    *("load_in_8bit", "revision", "subfolder", "variant", "token", "cache_dir", "local_files_only", "force_download"),
-    *("use_safetensors", "weights_only", "key_mapping", "use_kernels", "adapter"),
-)
+_KEYWORDS = """
+    dtype attn_implementation device_map max_memory offload_folder quantization_config load_in_4bit load_in_8bit revision
+    subfolder variant token cache_dir local_files_only force_download use_safetensors weights_only key_mapping use_kernels
+    adapter
+"""
+KEYWORDS = tuple(_KEYWORDS.split())
 """Keyword arguments of `from_pretrained`, for suggestions: it takes more, and its signature names few of them."""
 
 UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -120,7 +113,7 @@ def naming_keywords(option: str, given: Mapping[str, Any], name: str) -> Iterato
         )
         raise ConfigError(
             f"{option}: neither from_pretrained nor the configuration of {name!r} has {found[1]!r}."
-            f"{suggest(found[1], [*LOADING, *config.to_dict()])}"
+            f"{suggest(found[1], [*KEYWORDS, *config.to_dict()])}"
         ) from error
 
 

@@ -31,7 +31,7 @@ from transformers.utils import is_in_notebook
 
 from trl.callbacks.model_card import Trained, WritesModelCard
 from trl.callbacks.report import ReportCallback
-from trl.data.conventions import in_known_columns
+from trl.data.conventions import PAIR, in_known_columns
 from trl.data.encode import Encoded, EncodeSettings, encode_dataset, first_rows, without_format
 from trl.data.examples import (
     ENCODED,
@@ -90,8 +90,6 @@ from trl.vision.processing import ImageProcessing
 logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 2048
-PAIR = ("chosen", "rejected")
-"""Names of the completions of a row that has two."""
 WIDTH = 60
 """Most characters of a row in an error message."""
 
@@ -249,8 +247,9 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             raise ConfigError(f"model is a {type(model).__name__}: give a model, its folder, or its hub name.")
         if isinstance(model, str):
             quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
-            with naming_keywords("model_init_kwargs", self.args.loading(kwargs), model):
-                model = self._load(model, quantised | self.args.loading(kwargs))
+            loading = self.args.loading(kwargs)
+            with naming_keywords("model_init_kwargs", loading, model):
+                model = self._load(model, quantised | loading)
         elif kwargs or quantization_config is not None:
             name = "model_init_kwargs" if kwargs else "quantization_config"
             raise ConfigError(f"{name} was given, but the model is an object that is already loaded: leave one out.")
