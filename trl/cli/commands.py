@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from trl.cli.fields import Option, aliases_in_source, merge_options, options_in_source
@@ -173,6 +174,7 @@ _REWARDED = (
     "--model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl --reward_funcs rewards.py:short"
 )
 _DIFFUSION = "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name prompts.jsonl"
+_of_pictures = partial(Method, check=CHECK_PICTURES, unread=OF_LANGUAGE)
 
 METHODS = (
     Method(
@@ -253,42 +255,34 @@ METHODS = (
         f"{_REWARDED} --output_dir qwen-online-dpo",
         extra=REQUIRED_REWARDS,
     ),
-    Method(
+    _of_pictures(
         "ddpo",
         "trl.trainers.diffusion.batch_ddpo:DiffusionDDPOTrainer",
         "Diffusion models: reinforcement learning on denoising steps, rewards compared over the batch (arXiv:2305.13301).",
         f"{_DIFFUSION} --reward_funcs jpeg_compressibility_reward --use_peft --output_dir sd-ddpo",
         extra=PICTURE_REWARDS,
-        check=CHECK_PICTURES,
-        unread=OF_LANGUAGE,
     ),
-    Method(
+    _of_pictures(
         "diffusion-grpo",
         "trl.trainers.diffusion.grpo:DiffusionGRPOTrainer",
         "Diffusion models: rewards compared within groups of pictures, Flow-GRPO for flow matching (arXiv:2505.05470).",
         "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
         "get_clip_reward --use_peft --output_dir sd3-grpo",
         extra=PICTURE_REWARDS,
-        check=CHECK_PICTURES,
-        unread=OF_LANGUAGE,
     ),
-    Method(
+    _of_pictures(
         "diffusion-nft",
         "trl.trainers.diffusion.nft:DiffusionNFTTrainer",
         "Diffusion models: reinforcement learning on noised pictures, without likelihoods (arXiv:2509.16117).",
         "--model_name_or_path stabilityai/stable-diffusion-3.5-medium --dataset_name prompts.jsonl --reward_funcs "
         "get_clip_reward --use_peft --output_dir sd3-nft",
         extra=PICTURE_REWARDS,
-        check=CHECK_PICTURES,
-        unread=OF_LANGUAGE,
     ),
-    Method(
+    _of_pictures(
         "diffusion-dpo",
         "trl.trainers.diffusion.dpo:DiffusionDPOTrainer",
         "Diffusion models: align with pairs of a chosen and a rejected picture (arXiv:2311.12908).",
         "--model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name pairs --output_dir sd-dpo",
-        check=CHECK_PICTURES,
-        unread=OF_LANGUAGE,
     ),
 )
 
