@@ -211,6 +211,14 @@ def test_an_adapter_is_found_in_its_folder_and_changes_the_answer(tiny, tmp_path
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_the_tokenizer_of_an_adapter_is_the_one_that_it_was_trained_with(tiny, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    get_peft_model(speaker(tiny).model, LoraConfig(r=2)).save_pretrained(tmp_path)
+    assert speaker(tiny, adapter_name_or_path=str(tmp_path)).tokenizer.chat_template == tokenizer.chat_template
+
+
 def test_encoder_decoders_answer(tmp_path):
     torch.manual_seed(0)
     MODELS["t5"]().save_pretrained(tmp_path)

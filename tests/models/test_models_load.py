@@ -7,6 +7,7 @@ import logging
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +22,7 @@ from trl import (
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    RewardConfig,
     RewardTrainer,
     SFTConfig,
     SFTTrainer,
@@ -28,7 +30,8 @@ from trl import (
 from trl.errors import ConfigError, ModelError, ModelNotFoundError
 from trl.models import attention_packages
 from trl.models.config import ModelConfig
-from trl.models.load import load_model, mend_generation_config
+from trl.models.load import load_config, load_model, mend_generation_config
+from trl.models.saved_adapters import hub_options
 
 
 @pytest.mark.parametrize(
@@ -217,3 +220,70 @@ def test_a_folder_without_a_tokenizer_or_weights(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelNotFoundError, match="holds no weights"):
         load_model(str(tmp_path))
+
+
+# ---- where the files of a model are ----
+
+
+def save_tiny(folder, **changes):
+    MODELS["llama"](**changes).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder, base):
+    adapted = get_peft_model(load_model(str(base)), LoraConfig(r=2, init_lora_weights=False))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["inner", "."], ids=["its subfolder", "above it"])
+def test_a_tokenizer_is_found_in_the_subfolder_of_its_model_or_above_it(tmp_path, place):
+    save_tiny(tmp_path / "inner")
+    make_tokenizer().save_pretrained(tmp_path / place)
+    args = SFTConfig(output_dir=str(tmp_path / "out"), use_cpu=True, model_init_kwargs={"subfolder": "inner"})
+    trainer = SFTTrainer(str(tmp_path), args, train_dataset=Dataset.from_dict({"text": ["Yes."]}))
+    assert trainer.tokenizer("Yes.") == make_tokenizer()("Yes.")
+
+
+def test_an_adapter_is_found_in_a_subfolder(tmp_path):
+    save_adapter(tmp_path / "run" / "best", save_tiny(tmp_path / "base"))
+    loaded = load_model(str(tmp_path / "run"), subfolder="best")
+    assert isinstance(loaded, PeftModel)
+    assert load_config(str(tmp_path / "run"), subfolder="best").model_type == "llama"
+
+
+def cached(cache, name):
+    """The folder of the hub's model `name` in a download cache, whose only revision is called `sha`."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("sha")
+    return repository / "snapshots" / "sha"
+
+
+def test_the_cache_of_a_model_is_that_of_its_configuration_tokenizer_head_and_adapter(tmp_path):
+    base = save_tiny(cached(tmp_path, "me/base"))
+    make_tokenizer().save_pretrained(base)
+    adapter = save_adapter(cached(tmp_path, "me/adapter"), base)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "me/base"}))
+    hub = {"cache_dir": str(tmp_path), "local_files_only": True}
+    args = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "model_init_kwargs": hub}
+    rows = Dataset.from_dict({"prompt": ["Yes?"], "chosen": [" No."], "rejected": [" Yes."]})
+    trainers = [
+        SFTTrainer("me/base", SFTConfig(**args), train_dataset=Dataset.from_dict({"text": ["Yes."]})),
+        DPOTrainer("me/adapter", args=DPOConfig(**args), train_dataset=rows),
+        RewardTrainer("me/base", RewardConfig(**args), train_dataset=rows),
+    ]
+    assert [trainer.tokenizer("Yes.") for trainer in trainers] == [make_tokenizer()("Yes.")] * 3
+    assert isinstance(trainers[1].model, PeftModel)
+    assert isinstance(load_model("me/base", adapter="me/adapter", **hub), PeftModel)
+    with_head = AutoModelForCausalLMWithValueHead.from_pretrained("me/adapter", **hub)
+    assert isinstance(with_head.pretrained_model, PeftModel)
+
+
+def test_a_revision_is_that_of_the_model_and_not_of_its_adapter(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    assert hub_options({"revision": "v2", "token": "t", "dtype": "bfloat16"}) == {"revision": "v2", "token": "t"}
+    assert hub_options({"revision": "v2", "token": "t"}, of_another=True) == {"token": "t"}
+    assert isinstance(load_model(str(base), adapter=str(adapter), revision="v2"), PeftModel)

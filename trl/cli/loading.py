@@ -10,7 +10,7 @@ from peft import PeftModel
 from trl.cli.hub import check_model_on_hub
 from trl.errors import ConfigError
 from trl.models.config import ModelConfig, get_quantization_config
-from trl.models.load import load_model, load_processor
+from trl.models.load import load_model, load_processor, processor_source
 
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` that spread the weights over all devices."""
@@ -28,8 +28,8 @@ def load_pretrained(model: ModelConfig, *, device: str = "auto") -> tuple[Any, A
         **placement(device),
     )
     inner = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
-    name, trust = model.model_name_or_path, model.trust_remote_code
-    return loaded, load_processor(inner, name, trust_remote_code=trust, **model.hub)
+    source = processor_source(model.model_name_or_path, model.init_kwargs())
+    return loaded, load_processor(inner, trust_remote_code=model.trust_remote_code, **source)
 
 
 def placement(device: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
 
     from trl.models.adapters import merged
     from trl.models.files import follow_umask
-    from trl.models.load import load_processor
+    from trl.models.load import load_processor, processor_source
     from trl.models.value_heads.auto_models import WithValueHead
 
     logging.set_verbosity_error()
@@ -64,8 +64,8 @@ def merge(model: ModelConfig, arguments: MergeArguments) -> None:
     loaded, precision = load_adapted(model)
     has_head = isinstance(loaded, WithValueHead)
     whole = merged(loaded.pretrained_model if has_head else loaded).to(precision)
-    name = model.adapter_name_or_path or model.model_name_or_path
-    processor = load_processor(whole, name, trust_remote_code=model.trust_remote_code, **model.hub)
+    source = processor_source(model.model_name_or_path, model.init_kwargs())
+    processor = load_processor(whole, trust_remote_code=model.trust_remote_code, **source)
     if has_head:
         loaded.pretrained_model, whole = whole, loaded
     whole.save_pretrained(arguments.output_dir)

@@ -69,9 +69,10 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
 
     from trl.models.attention_packages import check_attention
     from trl.models.load import language_model_class, load_config
-    from trl.models.saved_adapters import is_adapter, with_shape_of
+    from trl.models.saved_adapters import hub_options, is_adapter, with_shape_of
 
-    name, hub, trust = run.model.model_name_or_path, run.model.hub, run.training.trust_remote_code
+    name, trust = run.model.model_name_or_path, run.training.trust_remote_code
+    hub = hub_options(run.training.model_init_kwargs or {})
     config = load_config(name, trust_remote_code=trust, **hub)
     config.num_labels = 1  # reward models have one output
     kwargs = {"dtype": dtype_of(run.model.dtype, config), "trust_remote_code": trust}
@@ -87,11 +88,11 @@ def model_without_weights(run: Run, auto_class: Any = None) -> Any:
 
 def processor_of(run: Run, model: Any) -> Any:
     """The tokenizer or processor of a run's model."""
-    from trl.models.load import load_processor
+    from trl.models.load import load_processor, processor_source
     from trl.models.score import unwrap
 
-    name = run.model.adapter_name_or_path or run.model.model_name_or_path
-    return load_processor(unwrap(model), name, trust_remote_code=run.training.trust_remote_code, **run.model.hub)
+    source = processor_source(run.model.model_name_or_path, run.training.model_init_kwargs or {})
+    return load_processor(unwrap(model), trust_remote_code=run.training.trust_remote_code, **source)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from trl.models.adapters import HEADS, thaw, trains
 from trl.models.attention_packages import check_attention
 from trl.models.files import check_shards
 from trl.models.not_found import explain_missing
-from trl.models.saved_adapters import HUB_OPTIONS, base_of, is_adapter, with_adapter_of
+from trl.models.saved_adapters import OF_ONE_MODEL, base_of, hub_options, is_adapter, with_adapter_of
 from trl.models.sharding import loaded_whole
 from trl.noise import unless_said, without_noise
 
@@ -86,13 +86,13 @@ def load_model(
     Raises ModelNotFoundError if there is no such model; its message begins with `subject`.
     """
     check_attention(kwargs.get("attn_implementation"))
-    hub = {key: kwargs[key] for key in HUB_OPTIONS if kwargs.get(key) is not None}
+    hub = hub_options(kwargs)
     if adapter is None and _names_adapter(name, subject, hub):
         name, adapter = base_of(name, **hub), name
         subject = f"{name!r}, the base model of the adapter {adapter!r},"
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        kwargs = {key: value for key, value in kwargs.items() if key not in OF_ONE_MODEL}
     elif adapter is not None:
-        hub = {}
+        hub = hub_options(kwargs, of_another=True)
     with explain_missing(name, subject, kwargs.get("subfolder")):
         kwargs |= {"trust_remote_code": trust_remote_code, "subject": subject}
         model = _load_whole(name, auto_class, quantization_config, has_adapter=adapter is not None, **kwargs)
@@ -108,9 +108,7 @@ def naming_keywords(option: str, given: Mapping[str, Any], name: str) -> Iterato
         found = UNEXPECTED.search(str(error))
         if found is None or found[1] not in given:
             raise
-        config = load_config(
-            name, trust_remote_code=given.get("trust_remote_code", False), revision=given.get("revision")
-        )
+        config = load_config(name, trust_remote_code=given.get("trust_remote_code", False), **hub_options(given))
         raise ConfigError(
             f"{option}: neither from_pretrained nor the configuration of {name!r} has {found[1]!r}."
             f"{suggest(found[1], [*KEYWORDS, *config.to_dict()])}"
@@ -131,8 +129,7 @@ def _load_whole(
     check_shards(name)
     kwargs = _with_precision(kwargs, quantization_config)
     if auto_class in (None, AutoModelForCausalLM):
-        options = {"trust_remote_code": trust_remote_code, "revision": kwargs.get("revision"), "subject": subject}
-        config = load_config(name, **options)
+        config = load_config(name, trust_remote_code=trust_remote_code, subject=subject, **hub_options(kwargs))
         found = language_model_class(config)
         auto_class = found if auto_class is None or found is AutoModelForImageTextToText else auto_class
     loading = {**kwargs, "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -229,13 +226,13 @@ def language_model_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
-def load_config(
-    name: str, *, trust_remote_code: bool = False, revision: str | None = None, subject: str = ""
-) -> PreTrainedConfig:
-    """Load the configuration of a model by hub name or folder; for an adapter, that of its base model."""
-    hub = {} if revision is None else {"revision": revision}
+def load_config(name: str, *, trust_remote_code: bool = False, subject: str = "", **hub: Any) -> PreTrainedConfig:
+    """Load the configuration of a model by hub name or folder; for an adapter, that of its base model.
+
+    `hub` are options of `HUB_OPTIONS`.
+    """
     if _names_adapter(name, subject, hub):
-        name, hub, subject = base_of(name, **hub), {}, ""
+        name, hub, subject = base_of(name, **hub), hub_options(hub, of_another=True), ""
     with explain_missing(name, subject):
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
 
@@ -277,16 +274,23 @@ def _dtype(name: Any) -> torch.dtype:
 
 
 def load_processor(
-    model: PreTrainedModel, name: str | None = None, *, trust_remote_code: bool = False, revision: str | None = None
+    model: PreTrainedModel,
+    name: str | None = None,
+    *,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+    **hub: Any,
 ) -> Any:
-    """Load the tokenizer or processor of a model that was loaded by `name`.
+    """Load the tokenizer or processor of a model that was loaded by `name`, with `adapter` and the options `hub` of `HUB_OPTIONS`.
 
-    If `name` is an adapter's folder with a tokenizer, that one is used, else the base model's.
+    It is the one saved with the adapter if there is one, else the one in the model's subfolder or above it, else that of the
+    base model of the adapter `name`.
     """
-    hub = {} if revision is None else {"revision": revision}
-    base = model.config._name_or_path
-    if name is None or not has_file(name, TOKENIZER, **hub):
-        name, hub = base, hub if name == base else {}
+    base, others = model.config._name_or_path, hub_options(hub, of_another=True)
+    above = {option: value for option, value in hub.items() if option != "subfolder"}
+    places = [(adapter, others), (name, hub), (name, above)]
+    saved = (place for place in places if place[0] is not None and has_file(place[0], TOKENIZER, **place[1]))
+    name, hub = next(saved, (base, hub if name == base else others))
     if not name:
         raise ConfigError(
             f"processing_class is missing: this {type(model).__name__} was created from a configuration and has no name by which "
@@ -295,6 +299,12 @@ def load_processor(
     auto = AutoProcessor if name == base or has_file(name, PROCESSOR, **hub) else AutoTokenizer
     with explain_missing_tokenizer(name):
         return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
+
+
+def processor_source(model: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `load_processor` for a model that was loaded by name with the keyword arguments `options`; empty for an object."""
+    named = {"name": model, **hub_options(options)} if isinstance(model, str) else {}
+    return named if options.get("adapter") is None else {**named, "adapter": options["adapter"]}
 
 
 @contextmanager

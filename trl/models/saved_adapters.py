@@ -17,14 +17,21 @@ from trl.errors import ModelError, ModelNotFoundError
 from trl.models.adapters import is_classifier, name_of, prepared, put_on
 from trl.models.not_found import explain_missing
 
-HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir")
+OF_ONE_MODEL = ("revision", "subfolder")
+HUB_OPTIONS = (*OF_ONE_MODEL, "cache_dir", "force_download", "local_files_only", "token")
+"""Keyword arguments of `from_pretrained` that say where the files of a model are: the weights, but also configuration,
+tokenizer and heads. Those of `OF_ONE_MODEL` hold for one of an adapter and its base model, the others for both."""
+
+
+def hub_options(given: Mapping[str, Any], *, of_another: bool = False) -> dict[str, Any]:
+    """The `HUB_OPTIONS` among `given` that are set; with `of_another`, those that also hold for another model's files."""
+    names = [name for name in HUB_OPTIONS if not (of_another and name in OF_ONE_MODEL)]
+    return {name: given[name] for name in names if given.get(name) is not None}
 
 
 def is_adapter(name: str, **hub: Any) -> bool:
     """Whether a folder or a hub repository holds an adapter. `hub` are options of the download."""
-    return (
-        find_adapter_config_file(name, **{key: value for key, value in hub.items() if key != "subfolder"}) is not None
-    )
+    return find_adapter_config_file(name, **hub) is not None
 
 
 def base_of(adapter: str, **hub: Any) -> str:

@@ -59,6 +59,7 @@ from trl.models.load import (
     make_trainable,
     mend_generation_config,
     naming_keywords,
+    processor_source,
     tokenizer_of,
 )
 from trl.models.patching import evaluating
@@ -76,7 +77,7 @@ from trl.trainers.option_checks import check_full_batch
 from trl.trainers.option_effects import warn_of_image_options
 from trl.trainers.options import resolve_args
 from trl.trainers.out_of_memory import remedies
-from trl.trainers.processor import processor_for, processor_source, take_chat_template
+from trl.trainers.processor import processor_for, take_chat_template
 from trl.trainers.reference import sync_callbacks
 from trl.trainers.router import RouterTerm, router_loss
 from trl.trainers.rows import RowsOfModel
@@ -131,7 +132,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     ) -> None:
         self.args = resolve_args(self.config_class, args, classic, trainer=type(self).__name__, model=model)
         set_seed(self.args.seed)  # the same initial heads, adapters and new tokens in every run and on every process
-        source = processor_source(self.args, model)
+        source = processor_source(model, self.args.model_init_kwargs or {})
         self.model = self._resolve_model(model, quantization_config, peft_config)
         inner = unwrap(self.model)
         self.processing_class = processor_for(self.args, inner, processing_class, tokenizer, source)

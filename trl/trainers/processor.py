@@ -14,14 +14,6 @@ from trl.models.load import load_processor, set_token, tokenizer_of
 from trl.trainers.config import TEMPLATES, TrainerConfig
 
 
-def processor_source(args: TrainerConfig, model: Any) -> dict[str, Any]:
-    """Arguments of `load_processor` for a model that is given by name; empty for a model object."""
-    options = args.model_init_kwargs or {}
-    if (adapter := options.get("adapter")) is not None:
-        return {"name": adapter}
-    return {"name": model, "revision": options.get("revision")} if isinstance(model, str) else {}
-
-
 def processor_for(
     args: TrainerConfig, model: PreTrainedModel, processing_class: Any, tokenizer: Any, source: Mapping[str, Any]
 ) -> Any:

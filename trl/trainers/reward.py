@@ -29,6 +29,7 @@ from trl.errors import ConfigError, DataError, ModelError, RowError
 from trl.models.adapters import HEADS
 from trl.models.load import load_config
 from trl.models.rewards import prepare_rewards, score_rewards
+from trl.models.saved_adapters import hub_options
 from trl.models.score import unwrap
 from trl.trainers.arguments import Rows
 from trl.trainers.config import TrainerConfig
@@ -93,7 +94,7 @@ class RewardTrainer(PredictsRewards):
         """Set num_labels=1 for loading the model. Raises ModelError for a classifier with several labels."""
         args = self.args
         kwargs = dict(args.model_init_kwargs or {})
-        config = load_config(name, trust_remote_code=args.trust_remote_code, revision=kwargs.get("revision"))
+        config = load_config(name, trust_remote_code=args.trust_remote_code, **hub_options(kwargs))
         labels = kwargs.get("num_labels", config.num_labels)
         is_classifier = any("ForSequenceClassification" in kind for kind in config.architectures or ())
         if labels != 1 and (is_classifier or "num_labels" in kwargs):

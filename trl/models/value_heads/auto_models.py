@@ -30,11 +30,9 @@ from trl.models.files import follow_umask
 from trl.models.layer_sharing import last_states
 from trl.models.load import load_model
 from trl.models.patching import evaluating
+from trl.models.saved_adapters import hub_options
 from trl.models.value_heads.heads import HeadOptions, ValueBranch, ValueHead, ValueModel
 from trl.models.value_heads.storage import HEAD_FILE, add_reward_adapter, has_value_model, load_value_model, stored_head
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Options of `from_pretrained` for the location and download of files."""
 
 
 class WithValueHead(nn.Module, PushToHubMixin):
@@ -176,7 +174,7 @@ class WithValueHead(nn.Module, PushToHubMixin):
         many upper layers. Other `kwargs` go to the model's `from_pretrained`; without `dtype` the model is loaded in float32,
         as by every trainer. The head has the dtype of the model, and at least float32.
         """
-        given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        given, hub = pretrained_model_name_or_path, hub_options(kwargs)
         model, head = cls._load(given, is_trainable, kwargs, hub)
         wrapped = cls(
             with_adapters(model, peft_config),

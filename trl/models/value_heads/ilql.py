@@ -23,8 +23,9 @@ from trl.algorithms.ilql import polyak_update
 from trl.errors import ConfigError, ModelError
 from trl.models.adapters import with_adapters
 from trl.models.load import load_config
+from trl.models.saved_adapters import hub_options
 from trl.models.sharding import shards
-from trl.models.value_heads.auto_models import HUB_OPTIONS, WithValueHead
+from trl.models.value_heads.auto_models import WithValueHead
 from trl.models.value_heads.heads import ValueHead
 from trl.ops.logprobs import logprobs_from_linear
 
@@ -144,7 +145,7 @@ class WithILQLHeads(WithValueHead):
         says whether an adapter saved in the folder is trained further. Other `kwargs` go to the model's `from_pretrained`.
         Raises ModelError for a folder with the value head of another method.
         """
-        given, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        given, hub = pretrained_model_name_or_path, hub_options(kwargs)
         model, state = cls._load(given, is_trainable, kwargs, hub)
         stored_qs = None if state is None else _number_of_qs(state, str(given))
         wrapped = cls(with_adapters(model, peft_config), two_qs=two_qs if stored_qs is None else stored_qs == 2)
@@ -187,7 +188,5 @@ def with_ilql_heads(model: PreTrainedModel | PeftModel, **options: Any) -> WithI
 
 def load_with_ilql_heads(name: str, **options: Any) -> WithILQLHeads:
     """Load the model `name` with its saved ILQL heads, or with new ones; `options` as in `from_pretrained`."""
-    config = load_config(
-        name, trust_remote_code=options.get("trust_remote_code", False), revision=options.get("revision")
-    )
+    config = load_config(name, trust_remote_code=options.get("trust_remote_code", False), **hub_options(options))
     return KINDS[config.is_encoder_decoder].from_pretrained(name, **options)

@@ -32,6 +32,7 @@ from trl.errors import ConfigError
 from trl.models.checkpointing import checkpoint_activations
 from trl.models.load import load_config
 from trl.models.reference import Reference, SnapshotReference, create_reference_model
+from trl.models.saved_adapters import hub_options
 from trl.models.score import score_logits, unwrap
 from trl.models.value_heads.auto_models import WithValueHead, value_head_class, with_value_head
 from trl.models.value_heads.heads import ValueBranch, ValueModel
@@ -168,7 +169,7 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
     # ---- model and reference ----
 
     def _load(self, name: str, options: Mapping[str, Any]) -> WithValueHead:
-        config = load_config(name, trust_remote_code=options["trust_remote_code"], revision=options.get("revision"))
+        config = load_config(name, trust_remote_code=options["trust_remote_code"], **hub_options(options))
         return value_head_class(config).from_pretrained(name, **options)
 
     def _with_head(self, model: nn.Module) -> WithValueHead:
