@@ -213,7 +213,7 @@ def replaying() -> Iterator[None]:
         patch.multiple(BaseTrainer, **instead),
         patch("trl.models.layouts.has_varlen", lambda model: True),
         patch("trl.trainers.ppo.model.has_varlen", lambda model: True),
-        patch("torch.cuda.is_bf16_supported", lambda: True),
+        patch("torch.cuda.is_bf16_supported", lambda **_: True),
         patch("trl.models.graphs.cuda_graph", recorder),
     ):
         yield

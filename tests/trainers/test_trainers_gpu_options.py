@@ -185,7 +185,7 @@ def as_on_cuda(monkeypatch):
     """Trainers run on the CPU as they do on CUDA in bfloat16, without its kernels."""
     for place in ("trl.models.layouts", "trl.models.varlen", "trl.trainers.ppo.model"):
         monkeypatch.setattr(f"{place}.has_varlen", lambda model: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(BaseTrainer, "_is_on_cuda", lambda self: True)
     monkeypatch.setattr(BaseTrainer, "_fuses", lambda self: False)
 

@@ -405,7 +405,7 @@ def test_older_and_default_arguments(config_of, monkeypatch):
 
 def test_minibatches_change_nothing(config_of, tmp_path, monkeypatch):
     """Steps in one forward pass, or in four, by plain gradient descent in float32."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
 
     def trained(size):
         train = {"minibatch_size": size, "checkpoint_dir": str(tmp_path / str(size))}

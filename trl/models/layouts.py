@@ -22,7 +22,7 @@ from trl.models.rotary import length_dependent
 from trl.models.score import score
 from trl.models.sharding import is_whole
 from trl.models.varlen import VARLEN, has_varlen, switch
-from trl.ops.products import exact_products
+from trl.ops.products import exact_products, has_bfloat16
 from trl.types import Batch, Completion, Example
 from trl.vision.families import joins_of
 
@@ -115,7 +115,7 @@ def _switch_to_varlen(
     examples = TRIAL if examples is None else examples
     reason = _trial(model, layout, measure, examples)
     if not reason and model.dtype == torch.float32:  # training uses autocast, and only then the kernel
-        half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        half = torch.bfloat16 if has_bfloat16() else torch.float16
         with torch.autocast(model.device.type, half):
             reason = _trial(model, layout, measure, examples)
     if not reason:

@@ -26,6 +26,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
+def has_bfloat16() -> bool:
+    """Whether the CUDA device computes in bfloat16. Cards before Ampere emulate it, which is slow, and have no kernels for it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Disable TF32 on CUDA within the context: it keeps ten bits of each float32 input, too few to compare results."""

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from trl.compat import OPTIONS, advice_on, asks_for_nothing
 from trl.errors import ConfigError
 from trl.noise import say_once
+from trl.ops.products import has_bfloat16
 from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames, Options
 from trl.option_types import check_choices, describe_fields, make_plain
@@ -239,7 +240,7 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
         if self.activation_offloading:
             self.offload_activations(accelerated=accelerated)
         if self.bf16 is None:
-            self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = accelerated and not self.fp16 and torch.cuda.is_available() and has_bfloat16()
         is_open = all(getattr(self, name, None) is None for name in OTHER_NAMES)
         plans = accelerated and torch.cuda.is_available() and is_open
         if self.gradient_checkpointing is None:

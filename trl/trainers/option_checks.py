@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl.counts import counted
 from trl.errors import ConfigError, MissingPackageError, suggest
 from trl.imports import check_available, is_available
+from trl.ops.products import has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def check_precision(args: TrainingArguments) -> None:
         )
     if args.tf32 and (on_cpu or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8):
         raise ConfigError("tf32=True needs an NVIDIA GPU of the Ampere generation or later: leave it out.")
-    if args.bf16 and not on_cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if args.bf16 and not on_cpu and torch.cuda.is_available() and not has_bfloat16():
         raise ConfigError(
             f"bf16=True, but {torch.cuda.get_device_name()} does not support bfloat16: leave it out, or set fp16."
         )
