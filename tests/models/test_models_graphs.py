@@ -246,6 +246,38 @@ def test_a_forward_without_backward_leaves_gradients_as_they_were(captured):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_capture_has_its_own_nodes_for_the_gradients_of_weights(make_model):
+    """Those of training, which DDP keeps, belong to the stream of training, which backward would wait for within the capture."""
+    model = make_model("llama")
+    prepare_scoring(model)
+    switch(model, VARLEN)
+    kept, walked = [p.view_as(p).grad_fn.next_functions[0][0] for p in model.parameters()], []
+
+    class Watching(Recorder):
+        def __call__(self, function, pool):
+            if function.__name__ == "_backward":
+                walked.append(nodes_below(function.__self__.hidden.grad_fn))
+            return super().__call__(function, pool)
+
+    plain, recorder = copy.deepcopy(model), Watching()
+    capture_layers(model, recorder)
+    for number in range(3):
+        assert_same(step(model, batch_of(number, 1)), step(plain, batch_of(number, 1)))
+    (nodes,) = walked
+    assert len(nodes) > len(kept)
+    assert not nodes & set(kept)
+
+
+def nodes_below(node):
+    """The nodes of an autograd graph."""
+    found, following = set(), [node]
+    while following:
+        if (node := following.pop()) is not None and node not in found:
+            found.add(node)
+            following += [parent for parent, _ in node.next_functions]
+    return found
+
+
 def test_several_sizes_with_and_without_gradient(captured):
     model, plain, recorder = captured()
     for number in range(3):

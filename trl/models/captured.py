@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ Inputs = Mapping[str, Any]
 """Arguments of a decoder's forward, by name: constants, tensors, dicts of tensors, and spans."""
 Run = Callable[..., ModelOutput]
 """A decoder's forward: returns an output with `last_hidden_state` `[B,T,H]`."""
+Places = Sequence[tuple[dict[str, Any], str]]
+"""Where a decoder's modules have their weights: tables of parameters, and names in them."""
 Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
 """Captures a function in a memory pool (None: a new one); returns the function that replays it, and the pool."""
 
@@ -29,14 +31,16 @@ Record = Callable[[Callable[[], None], Any], tuple[Callable[[], None], Any]]
 class Captured:
     """The captured forward of a decoder, and with `gradients` its backward, on inputs of one shape."""
 
-    def __init__(self, run: Run, inputs: Inputs, gradients: Gradients | None) -> None:
-        self.run, self.gradients = run, gradients
+    def __init__(self, run: Run, inputs: Inputs, gradients: Gradients | None, weights: Places) -> None:
+        self.run, self.gradients, self.weights = run, gradients, weights
         self.inputs = {name: _static(value) for name, value in inputs.items()}
         self.places = tensors_of(self.inputs)
         self.device = self.places[0].device
         self.hidden = self.grad = torch.empty(0, device=self.device)
         self.output: type[ModelOutput] = ModelOutput
         self.learned: list[nn.Parameter] = []
+        self.leaves: list[nn.Parameter] = []
+        """What stands for `learned` in the autograd graph of a capture: see `fresh_leaves`."""
         self.sources = [] if gradients is None else [place for place in self.places if place.requires_grad]
         """Inputs that need a gradient: embeddings of tokens and images, where these are computed outside of the graph."""
         self.source_grads: tuple[Tensor, ...] = ()
@@ -62,18 +66,20 @@ class Captured:
         try:
             self.replay_forward, pool = record(self._forward, pool)
             if self.gradients is not None:
-                self.learned = self.gradients.of(self.hidden)
+                self.gradients.make(self.learned)
                 self.grad = torch.empty_like(self.hidden, requires_grad=False)
                 self.replay_backward, pool = record(self._backward, pool)
-            self.hidden = self.hidden.detach()  # frees the autograd graph of the capture
+            self.hidden, self.leaves = self.hidden.detach(), []  # frees the autograd graph of the capture
         finally:
             torch.set_autocast_cache_enabled(cached)
         return pool
 
     def _forward(self) -> None:
         torch.empty(self.room, dtype=torch.uint8, device=self.grad.device)  # freed at once: the pool keeps the block
-        with torch.set_grad_enabled(self.gradients is not None):
+        with torch.set_grad_enabled(self.gradients is not None), fresh_leaves(self.weights) as weight_of:
             self.hidden = self._run()
+            self.leaves = learned_by(self.hidden)
+        self.learned = [weight_of.get(leaf, leaf) for leaf in self.leaves]
 
     def _run(self) -> Tensor:
         output = self.run(**self.inputs)
@@ -83,9 +89,9 @@ class Captured:
     def _backward(self) -> None:
         # A hook adds each gradient to its buffer as soon as it is computed, so that none is held until the end.
         with ExitStack() as hooks, torch.autocast(self.grad.device.type, enabled=False):
-            for p in self.learned:
-                hooks.enter_context(p.register_hook(self.gradients.buffers[p].add_))
-            found = torch.autograd.grad(self.hidden, [*self.sources, *self.learned], self.grad)
+            for leaf, p in zip(self.leaves, self.learned, strict=True):
+                hooks.enter_context(leaf.register_hook(self.gradients.buffers[p].add_))
+            found = torch.autograd.grad(self.hidden, [*self.sources, *self.leaves], self.grad)
         self.source_grads = found[: len(self.sources)]
 
     # ---- replay ----
@@ -124,7 +130,7 @@ class Captured:
             self.room = _allocated(self.device) - before
             if self.gradients is None:
                 return hidden.clone(), hidden.new_zeros(1)
-            learned = self.gradients.of(hidden)
+            learned = learned_by(hidden)
             with torch.autocast(self.device.type, enabled=False):
                 found = torch.autograd.grad(hidden, [*self.sources, *learned], hidden.detach())
         return hidden.detach().clone(), torch.stack(torch._foreach_norm(found)).float()
@@ -189,22 +195,11 @@ class Gradients:
     def __init__(self) -> None:
         self.buffers: dict[nn.Parameter, Tensor] = {}
 
-    def of(self, hidden: Tensor) -> list[nn.Parameter]:
-        """Find the weights that backward from `hidden` reaches, and make a buffer for each."""
-        found, nodes, seen = [], [hidden.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-            variable = getattr(node, "variable", None)
-            if isinstance(variable, nn.Parameter):  # not the output of embeddings, which a hook may make a leaf
-                found.append(variable)
-        for parameter in found:
+    def make(self, learned: Sequence[nn.Parameter]) -> None:
+        """Make a buffer for each weight that has none."""
+        for parameter in learned:
             if parameter not in self.buffers:
                 self.buffers[parameter] = torch.zeros_like(parameter, requires_grad=False)
-        return found
 
     def fit(self) -> bool:
         """Whether buffers still match their weights, whose shape, dtype or device may be changed in place."""
@@ -223,6 +218,39 @@ class Gradients:
             parameter.grad = buffer
         if empty:
             torch._foreach_zero_(empty)
+
+
+def learned_by(hidden: Tensor) -> list[nn.Parameter]:
+    """The weights that backward from `hidden` reaches."""
+    found, nodes, seen = [], [hidden.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter):  # not the output of embeddings, which a hook may make a leaf
+            found.append(variable)
+    return found
+
+
+@contextmanager
+def fresh_leaves(places: Places) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Replace trained weights within the context by parameters that share their memory; yields these and their weights.
+
+    The node that accumulates the gradient of a weight belongs to the stream on which it was made, which backward would wait for
+    in the middle of a capture. DDP keeps the nodes of all weights, made before on the stream of training.
+    """
+    held = [(table, name, p) for table, name in places if type(p := table[name]) is nn.Parameter and p.requires_grad]
+    fresh = {p: nn.Parameter(p.detach()) for _, _, p in held}
+    for table, name, p in held:
+        table[name] = fresh[p]
+    try:
+        yield {leaf: p for p, leaf in fresh.items()}
+    finally:
+        for table, name, p in held:
+            table[name] = p
 
 
 def _static(value: Any) -> Any:

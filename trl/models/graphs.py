@@ -250,7 +250,7 @@ class Graphs:
         self.seen.add(key)
         if self.count >= MAX_GRAPHS or not (pool.is_tried or (again and self._may_try(pool))):
             return None
-        captured = Captured(run, inputs, self.gradients if pool is self.with_backward else None)
+        captured = Captured(run, inputs, self.gradients if pool is self.with_backward else None, self.places)
         pool.make_room(captured.size)
         try:
             expected = None if pool.is_tried else captured.run_eagerly()
