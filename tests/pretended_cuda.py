@@ -362,8 +362,8 @@ def recording(function: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def capture_step(self: loop.Steps, rows: int, span: int) -> None:
-    self.graphs[rows] = SimpleNamespace(replay=recording(lambda: self._step(rows, span)), pool=object)
+def capture_step(step: Callable[[], None], pool: Any) -> tuple[SimpleNamespace, Any]:
+    return SimpleNamespace(replay=recording(step)), pool
 
 
 def load_to(load: Callable, f: Any, map_location: Any = None, **kwargs: Any) -> Any:
@@ -403,7 +403,7 @@ def pretended_cuda() -> Iterator[Recorder]:
         (varlen, "varlen_attn", attention),
         (Recorder, "__call__", lambda self, function, pool: record(self, recording(function), pool)),
         (graphs, "cuda_graph", recorder),
-        (loop.Steps, "_capture", capture_step),
+        (loop, "capture", capture_step),
         (logprobs, "_implementation", lambda *_: logprobs._LinearLogprobs),
         (kept_activations, "_has_kernel", lambda *_: False),
         (layers, "fuse", lambda model: None),

@@ -9,7 +9,11 @@ from datasets import Dataset
 from tests.pretended_cuda import DeviceError, pretended_cuda, recording
 from tests.trainers.ppo_support import TRIPLETS
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.errors import ConfigError
 from trl.models.varlen import VARLEN
+from trl.rollouts.engine import Prompt
+from trl.rollouts.local import LocalEngine
+from trl.rollouts.sampling import SamplingParams
 from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -56,6 +60,14 @@ def test_what_cuda_allows_is_allowed(device):
     assert {result.device.type for result in results} == {"cuda"}
     with pytest.raises(TypeError, match="numpy"):
         x.numpy()
+
+
+def test_cards_that_emulate_bfloat16_do_not_compute_in_it(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    options = {"output_dir": str(tmp_path), "report_to": "none"}
+    assert not SFTConfig(**options).bf16
+    with pytest.raises(ConfigError, match="bf16=True, but pretended"):
+        SFTConfig(bf16=True, **options)
 
 
 CHATS = {
@@ -121,6 +133,18 @@ def test_online_trainers_sample_on_it_by_graphs(device, make_model, tokenizer, t
     trainer.train()
     assert trainer.state.global_step == 6
     assert device.replays > 0
+
+
+def test_steps_that_are_replayed_draw_the_samples_of_steps_that_run(make_model):
+    """Also where rows have more keys than when the step was captured."""
+    model, params = make_model("llama"), SamplingParams(max_new_tokens=40, ignore_eos=True, seed=0)
+    prompts = [Prompt([7, 8, 9]), Prompt([11] * 20)]
+    expected = LocalEngine(model, static=True).generate(prompts, params, 2)
+    with pretended_cuda():
+        found = LocalEngine(model.to("cuda")).generate(prompts, params, 2)
+    assert [rollout.ids for rollouts in found for rollout in rollouts] == [
+        rollout.ids for rollouts in expected for rollout in rollouts
+    ]
 
 
 def test_a_step_of_ppo_on_it(device, make_model, tokenizer):

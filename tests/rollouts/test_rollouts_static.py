@@ -216,7 +216,7 @@ def test_what_is_drawn_after_the_end_leaves_no_trace_and_no_position_beyond_the_
 
 def test_few_rows_are_not_computed_in_a_large_bucket(make, monkeypatch):
     """40 samples of which 39 end at the first token: the last is computed among 8 rows, not among 64."""
-    monkeypatch.setattr(loop.Steps, "_capture", lambda self, rows, span: setattr(self, "captures", False))
+    monkeypatch.setattr(loop.Steps, "_capture", lambda self, rows: setattr(self, "captures", False))
     model, sizes = make("llama"), []
     prompts = [Prompt([7, 8], max_new_tokens=1)] * 39 + [Prompt([9, 8])]
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[0]))

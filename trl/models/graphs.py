@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from trl.models.captured import Captured, Gradients, Inputs, Record, Run, grid_of, tensors_of
 from trl.models.compiled import repeated_layers
 from trl.models.patching import is_patched, patch_forward, with_self
+from trl.ops.capture import capture
 from trl.types import Spans
 
 logger = logging.getLogger(__name__)
@@ -115,14 +116,8 @@ def without_graphs(*models: PreTrainedModel) -> Iterator[None]:
 
 def cuda_graph(function: Callable[[], None], pool: Any) -> tuple[Callable[[], None], Any]:
     """Capture `function` as a CUDA graph: the `Record` of GPUs."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            function()
-    except BaseException:
-        torch.cuda.set_stream(stream)
-        raise
-    return graph.replay, graph.pool()
+    graph, pool = capture(function, pool)
+    return graph.replay, pool
 
 
 @dataclass

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from trl.errors import ModelError
+from trl.ops.capture import capture
 from trl.rollouts.decoders import Decoder, Policy, Sample, decoder_start
 from trl.rollouts.engine import FinishReason, Rollout
 from trl.rollouts.paged_decoder import STREAM, TOKEN, WRITTEN, PagedDecoder, bucket
@@ -171,6 +173,7 @@ class Steps:
             self.seen = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
         self.known: set[int] = set()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.pool: Any = None
 
     def refresh(self, rows: int) -> None:
         """Rebuild, for the repetition penalty, the table of tokens that occur in the current rows."""
@@ -190,7 +193,7 @@ class Steps:
 
     def _one(self, rows: int, span: int) -> None:
         if self.captures and rows in self.known and rows not in self.graphs:
-            self._capture(rows, span)
+            self._capture(rows)
         if rows in self.graphs:
             self.graphs[rows].replay()
         else:
@@ -210,19 +213,13 @@ class Steps:
         table[WRITTEN] += 1
         self.cursor += 1
 
-    def _capture(self, rows: int, span: int) -> None:
-        graph, stream_before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        pool = next((other.pool() for other in self.graphs.values()), None)
-        try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._step(rows, span)
+    def _capture(self, rows: int) -> None:
+        try:  # for as many keys as the rows may come to have, since the graph is replayed until then
+            self.graphs[rows], self.pool = capture(lambda: self._step(rows, self.decoder.capacity), self.pool)
         except RuntimeError as error:  # as where the model's forward synchronises with the device
-            torch.cuda.set_stream(stream_before)
             self.captures = False
             warnings.warn(
                 f"A step of {type(self.policy.inner).__name__} cannot be captured as a CUDA graph, so its kernels are "
                 f"launched one by one: {error}",
                 stacklevel=2,
             )
-        else:
-            self.graphs[rows] = graph

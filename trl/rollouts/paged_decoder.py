@@ -96,6 +96,11 @@ class PagedDecoder:
         held = sum(len(held.pages) for held in self.prompts.values()) + sum(map(len, self.own))
         return held * self.page
 
+    @property
+    def capacity(self) -> int:
+        """Most keys that a row can have."""
+        return self.page_table.shape[1] * self.page
+
     def cost(self, sample: Sample, *, after: Sequence[Sample] = ()) -> int:
         held = sample.index in self.prompts or sample.index in {other.index for other in after}
         pages = pages_for(sample.limit, self.page) + (0 if held else pages_for(len(sample.prompt) - 1, self.page))
