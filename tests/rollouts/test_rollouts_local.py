@@ -395,6 +395,15 @@ def test_beam_search_is_left_to_generate_said_once(make, name):
             torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-3, rtol=1e-3)
 
 
+def test_a_model_on_several_devices_is_left_to_generate(make):
+    """As `device_map="auto"` places it on a machine with several: tables and caches of the engine are on one."""
+    model, prompt = make("llama"), ragged()[2]
+    model.lm_head.register_parameter("elsewhere", torch.nn.Parameter(torch.empty(1, device="meta")))
+    with pytest.warns(UserWarning, match=r"on several devices: model.generate"):
+        ((rollout,),) = LocalEngine(model).generate([prompt], SamplingParams(temperature=0, max_new_tokens=4), 1)
+    assert list(rollout.ids) == by_generate(model, prompt, max_new_tokens=4)
+
+
 @pytest.mark.filterwarnings("ignore:The engine does not support num_beams")
 def test_sampling_by_generate_leaves_the_other_gpus_of_the_machine_alone(make, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

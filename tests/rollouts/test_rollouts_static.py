@@ -226,6 +226,21 @@ def test_few_rows_are_not_computed_in_a_large_bucket(make, monkeypatch):
     assert 64 in sizes
 
 
+def test_kernels_that_fail_leave_samples_to_another_way(make, monkeypatch):
+    """As Triton's do, by errors of its own, where a program needs more memory than a card has."""
+
+    class OutOfResources(Exception): ...
+
+    def fail(*_, **__):
+        raise OutOfResources("out of resource: shared memory, Required: 106504, Hardware limit: 101376")
+
+    monkeypatch.setattr(local, "paged_decoder", fail)
+    model, params = make("llama"), SamplingParams(temperature=0, max_new_tokens=5)
+    with pytest.warns(UserWarning, match="LlamaForCausalLM.*OutOfResources.*shared memory"):
+        found = static(model).generate(ragged(), params, 1)
+    assert flat(found) == flat(LocalEngine(model).generate(ragged(), params, 1))
+
+
 def test_options_that_look_at_each_row_are_left_to_the_reference_way(make):
     model, prompts = make("llama"), ragged()
     config = GenerationConfig(no_repeat_ngram_size=2, do_sample=False, max_new_tokens=12)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from trl.models.fused import computes, epsilon_of, is_fused
+from trl.ops.launch import launch
 
 
 @triton.jit
@@ -53,8 +54,9 @@ def norm(x: Tensor, *, weight: Tensor, epsilon: float, kind: NormKind, dtype: to
         dtype = x.dtype if kind.keeps_type else torch.promote_types(x.dtype, weight.dtype)
     x = x.contiguous()
     out, size = torch.empty_like(x, dtype=dtype), x.shape[-1]
-    _norm_kernel[(x.numel() // size,)](
-        x, weight, out, epsilon, size, OFFSET=kind.offset, ROUNDS=not kind.keeps_type, WIDTH=triton.next_power_of_2(size)
+    launch(
+        _norm_kernel, (x.numel() // size,), x, weight, out, epsilon, size,
+        OFFSET=kind.offset, ROUNDS=not kind.keeps_type, WIDTH=triton.next_power_of_2(size),
     )  # fmt: skip
     return out
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -108,7 +108,7 @@ class LocalEngine(RolloutEngine):
         progress = {"disable": None if self.progress else True, "delay": 2, "leave": False}
         bar = tqdm(total=len(prompts) * n, desc="Sampling", unit="sample", **progress)
         plain = torch.compiler.set_stance("force_eager")  # layers were compiled for the shapes of training
-        with whole_weights(self.model), torch.no_grad(), evaluating(policy.model), plain, bar:
+        with on(policy.device), whole_weights(self.model), torch.no_grad(), evaluating(policy.model), plain, bar:
             way = self._way(policy, prompts, limits, params)
             if way == "generate":
                 _check_unguided(params, policy)
@@ -143,6 +143,8 @@ class LocalEngine(RolloutEngine):
     def _way(self, policy: Policy, prompts: Sequence[Prompt], limits: Sequence[int], params: SamplingParams) -> Way:
         if options := options_set(params, GENERATE_ONLY):
             return self._fall_back(f"The engine does not support {options[0]} of the generation config")
+        if len({p.device for p in policy.model.parameters()}) > 1:
+            return self._fall_back("The model's weights are on several devices")
         kind = length_dependent(policy.inner.config)
         if kind and any(may_outgrow(policy, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)):
             return self._fall_back(
@@ -178,6 +180,11 @@ def unwrap(model: nn.Module) -> Policy:
             f"{type(inner).__name__} cannot be sampled from: give a transformers model with a language-model head."
         )
     return Policy(model, inner)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which `device` is the current CUDA device, if it is one: graphs are captured there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_device(device: torch.device) -> None:
@@ -252,7 +259,7 @@ def fastest_way(policy: Policy, *, static: bool = False) -> Way:
     windows = attention_windows(policy.inner) if "position_ids" in policy.arguments else None
     if windows is None:
         return "repeated"
-    if static and matches_plain_forward(policy, lambda rows: paged_decoder(policy, rows, len(rows), budget=2**20)):
+    if static and _can_be_paged(policy):
         return "paged"
     return (
         "shared"
@@ -261,10 +268,28 @@ def fastest_way(policy: Policy, *, static: bool = False) -> Way:
     )
 
 
+def _can_be_paged(policy: Policy) -> bool:
+    """Whether a paged decoder gives the logits of a plain forward."""
+    try:
+        return matches_plain_forward(policy, lambda rows: paged_decoder(policy, rows, len(rows), budget=2**20))
+    except Exception as error:  # Triton raises errors of many classes: heads may be too wide for the memory of a card
+        warnings.warn(
+            f"{type(policy.inner).__name__} is sampled more slowly, since the kernels of a decode step failed: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=6,
+        )
+        return False
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether decode steps run by Triton's kernels. It uses no tensor cores before Ampere, and compiles for minutes."""
+    return device.type == "cuda" and has_triton() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def paged_decoder(policy: Policy, rows: Sequence[Sample], n: int, budget: int) -> PagedDecoder:
     """A paged decoder with pages for all `rows`, or for as many at a time as fit into `budget` tokens, at least one."""
-    kernels = policy.device.type == "cuda" and has_triton()
-    return PagedDecoder(policy, attention_windows(policy.inner), n, rows, budget=budget, page=PAGE, kernels=kernels)
+    windows, kernels = attention_windows(policy.inner), has_kernels(policy.device)
+    return PagedDecoder(policy, windows, n, rows, budget=budget, page=PAGE, kernels=kernels)
 
 
 def new_token_limit(inner: PreTrainedModel, prompt: Prompt, params: SamplingParams, index: int) -> int:

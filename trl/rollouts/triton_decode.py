@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trl.ops.launch import launch
 from trl.rollouts.decode_attention import TILE, Form, Tables
 
 PROMPT_PARTS = 8
@@ -131,7 +132,7 @@ def _merge_kernel(parts, normalizer, sinks, prefix, out, rows_in_all,
                   PARTS: tl.constexpr, PARTS_WIDTH: tl.constexpr, PROMPT_PARTS: tl.constexpr,
                   SINK: tl.constexpr):  # fmt: skip
     """Merge the parts of one head of a row. For a prompt without keys, the prompt's parts were not written."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     part = tl.arange(0, PARTS_WIDTH)
     width = tl.arange(0, VALUE_WIDTH)
@@ -162,7 +163,8 @@ def write_by_kernel(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, ta
     """As `write_by_index`, by a kernel. `key` and `value` should be contiguous in their last two dimensions."""
     rows, heads, size = key.shape
     key, value = key.flatten(1), value.flatten(1)  # views if heads are contiguous, else copies
-    _write_kernel[(rows, heads)](
+    launch(
+        _write_kernel, (rows, heads),
         keys, values, key, value, tables.pages, tables.own,
         tables.pages.stride(0), tables.prompt_pages, key.stride(0), value.stride(0),
         HEADS=heads, SIZE=size, VALUE_SIZE=values.shape[-1], PAGE=keys.shape[1],
@@ -178,7 +180,8 @@ def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, tables: Table
     out = torch.empty(parts, rows, all_heads, value_size, dtype=torch.float32, device=query.device)
     normalizer = torch.empty(parts, rows, all_heads, dtype=torch.float32, device=query.device)
     width, value_width = (max(16, triton.next_power_of_2(x)) for x in (size, value_size))
-    _parts_kernel[(rows, heads, parts)](
+    launch(
+        _parts_kernel, (rows, heads, parts),
         query, keys, values, tables.pages, tables.prefix, tables.own, tables.tiles, out, normalizer,
         rows, tables.pages.stride(0), tables.prompt_pages, form.scale, form.softcap or 1.0,
         TILE=TILE, GROUP=group, HEADS=heads, SIZE=size, VALUE_SIZE=value_size,
@@ -187,7 +190,8 @@ def attend_by_kernels(query: Tensor, keys: Tensor, values: Tensor, tables: Table
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     merged = torch.empty(rows, all_heads, value_size, dtype=query.dtype, device=query.device)
-    _merge_kernel[(rows, all_heads)](
+    launch(
+        _merge_kernel, (rows, all_heads),
         out, normalizer, merged if form.sinks is None else form.sinks, tables.prefix, merged, rows,
         ALL_HEADS=all_heads, VALUE_SIZE=value_size, VALUE_WIDTH=value_width, PARTS=parts,
         PARTS_WIDTH=triton.next_power_of_2(parts), PROMPT_PARTS=PROMPT_PARTS, SINK=form.sinks is not None,
