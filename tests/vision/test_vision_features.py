@@ -107,6 +107,17 @@ def test_images_are_encoded_prompt_by_prompt_where_results_are_exact(monkeypatch
         assert passes == expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_images_are_encoded_a_few_prompts_at_a_time(monkeypatch):
+    monkeypatch.setattr("trl.models.image_features.AT_ONCE", 2)
+    with pretended_cuda():
+        tiny = llava()
+        tiny.model.to("cuda")
+        passes, features = count_images(tiny.model), ImageFeatures(frozen(tiny.model), 2**20)
+        features.of([example_of(tiny, "*see", [picture(number)]) for number in range(5)])
+    assert passes == [2, 2, 1]
+
+
 def test_an_encoder_that_is_trained_reads_every_time():
     tiny = llava()
     example, features = example_of(tiny, "*see", [picture(1)]), ImageFeatures(frozen(tiny.model), 2**20)

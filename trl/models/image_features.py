@@ -27,6 +27,8 @@ from trl.vision.encoder_outputs import DEEPSTACK, FEATURES
 from trl.vision.families import image_token_ids, joins_of
 
 MIB = 2**20
+AT_ONCE = 16
+"""Most prompts whose images are encoded in one pass, which bounds the memory of its activations."""
 
 
 class ImageFeatures:
@@ -83,13 +85,14 @@ class ImageFeatures:
         return {n: v for n, v in example.inputs.items() if isinstance(self._joins.get(n), Concatenated)}
 
     def _groups(self, keys: list[Hashable]) -> list[list[Hashable]]:
-        """The prompts whose images are encoded in one pass: each by itself, except on CUDA.
+        """The prompts whose images are encoded in one pass: each by itself, on CUDA up to `AT_ONCE`.
 
         Encoded with images of other prompts, they are rounded otherwise, and a resumed run, whose cache is empty, has others. On
         CUDA a pass takes its time for launches, whatever its size, and other kernels are not exact to the bit either.
         """
         together = self.model.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
-        return [keys] if together and keys else [[key] for key in keys]
+        count = AT_ONCE if together else 1
+        return [keys[i : i + count] for i in range(0, len(keys), count)]
 
     def _encode(self, examples: Sequence[Example], pixels: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Encode the images of all examples in one pass; return the features of each example."""
