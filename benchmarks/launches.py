@@ -140,38 +140,30 @@ class Counts(TorchDispatchMode):
         return sum(max(b / bandwidth / 1e9, f / rate / 1e9, gap / 1e3) for b, f in self.work)
 
 
-class Counted:
-    """In the place of a kernel of Triton: counts, and runs nothing. It moves what its tensors hold, tables aside."""
+def counting(counts: list[Counts]) -> Callable[..., None]:
+    """In the place of the launcher of Triton's kernels: counts, and runs nothing. A kernel moves what its tensors hold, tables
+    aside."""
 
-    def __init__(self, name: str, counts: list[Counts]) -> None:
-        self.name, self.counts = name, counts
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.run
-
-    def run(self, *tensors: Any, **flags: Any) -> None:
-        if self.counts:
+    def launch(kernel: Any, grid: tuple[int, ...], *tensors: Any, **flags: Any) -> None:
+        if counts:
             small = [x for x in tensors if isinstance(x, Tensor) and x.numel() < 2**24]
-            self.counts[-1].add(self.name, sum(x.numel() * x.element_size() for x in small))
+            counts[-1].add(kernel.fn.__name__, sum(x.numel() * x.element_size() for x in small))
+
+    return launch
 
 
 @contextmanager
 def on_shapes(counts: list[Counts]) -> Iterator[None]:
     """Tensors have shapes alone, kernels are counted, and functions are those that CUDA would get."""
-    kernels = [(triton_decode, name) for name in ("_write_kernel", "_parts_kernel", "_merge_kernel")]
-    kernels += [(fused, "_norm_kernel")]
-    before = [(module, name, getattr(module, name)) for module, name in kernels]
     patched = {(place, name): function for place, name, function in FUNCTIONS} | {
-        (triton_head, "launch"): lambda kernel, grid, *tensors, **flags: Counted("head", counts).run(*tensors),
+        **{(module, "launch"): counting(counts) for module in (triton_head, triton_decode, fused)},
         (triton_rotary, "rotate"): counted(triton_rotary.rotate, counts),
         (fusions, "rotate"): counted(triton_rotary.rotate, counts),
         (triton_gate, "gated"): counted(triton_gate.gated, counts),
         (fused_layers, "gated"): counted(triton_gate.gated, counts),
         (triton_gate, "gated_backward"): counted(triton_gate.gated_backward, counts),
     }
-    before += [(module, name, getattr(module, name)) for module, name in patched]
-    for module, name in kernels:
-        setattr(module, name, Counted(name, counts))
+    before = [(module, name, getattr(module, name)) for module, name in patched]
     for (module, name), function in patched.items():
         setattr(module, name, function)
     try:

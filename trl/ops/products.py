@@ -27,7 +27,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CUDA device computes in bfloat16. Cards before Ampere emulate it, which is slow, and have no kernels for it."""
+    """Whether the CUDA device computes in bfloat16, which cards before Ampere emulate slowly."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
