@@ -147,6 +147,18 @@ def test_steps_that_are_replayed_draw_the_samples_of_steps_that_run(make_model):
     ]
 
 
+def test_a_step_that_cannot_be_captured_runs_and_is_not_tried_again(device, make_model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("trl.rollouts.loop.capture", fail)
+    engine, params = LocalEngine(make_model("llama").to("cuda")), SamplingParams(max_new_tokens=9, seed=0)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph") as said:
+        first, second = (engine.generate([Prompt([7, 8, 9])], params, 2) for _ in range(2))
+    assert first == second
+    assert len(said) == 1
+
+
 def test_a_step_of_ppo_on_it(device, make_model, tokenizer):
     from trl.models.value_heads.auto_models import with_value_head
 

@@ -5,16 +5,28 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from trl.ops import capture as file
 from trl.ops.capture import capture
 
 
-class Card:
-    """A device whose captures end as those of PyTorch do: before 2.13 (`is_old`), nobody is told that one was invalidated."""
+class Graph:
+    """A graph, and whether its capture has succeeded."""
 
-    def __init__(self, is_old: bool):
-        self.is_old, self.stream, self.is_invalid = is_old, "training", False
+    is_captured = False
+
+    def pool(self):
+        if not self.is_captured:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+
+
+class Card:
+    """A device whose captures end as those of a release of PyTorch do. Graphs that are captured give back their pools, and
+    since 2.14 those that are not."""
+
+    def __init__(self, release: str):
+        self.release_of_torch, self.stream, self.is_invalid = TorchVersion(release), "training", False
         self.pools, self.captures, self.workspaces = Counter(), [], {"training"}
         self.draws, self.seen = True, []
 
@@ -29,15 +41,15 @@ class Card:
         try:
             yield
         finally:
-            self.finish(pool)
+            self.finish(graph, pool)
 
-    def finish(self, pool):
-        if not (self.is_invalid and self.is_old):
+    def finish(self, graph, pool):
+        if not self.is_invalid or self.release_of_torch >= "2.13":
             self.end(1, pool)
             self.draws = True
         if self.is_invalid:
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-        self.stream = "training"
+        graph.is_captured, self.stream = True, "training"
 
     def end(self, device, pool):
         if pool not in self.captures:
@@ -51,12 +63,13 @@ class Card:
         self.is_invalid = True
 
 
-@pytest.fixture(params=[True, False], ids=["old", "new"])
+@pytest.fixture(params=["2.12.1", "2.13.0", "2.14.1"])
 def card(request, monkeypatch):
     made, handles = Card(request.param), iter(("first", "second", "third"))
+    monkeypatch.setattr(torch, "__version__", made.release_of_torch)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
     for name, new in {
-        "CUDAGraph": object,
+        "CUDAGraph": Graph,
         "Stream": lambda device: f"captures on {device}",
         "current_device": lambda: 1,
         "current_stream": lambda: made.stream,
@@ -86,7 +99,7 @@ def test_a_capture_that_is_invalidated_is_over(card):
     with pytest.raises(RuntimeError, match="during capture"):
         capture(card.invalidate)
     assert (card.captures, card.stream, card.draws, card.workspaces) == ([], "training", True, set())
-    assert not card.is_old or card.pools["first"] == 0
+    assert card.pools["first"] == (card.release_of_torch >= "2.14")
     assert capture(lambda: None)[1] == "second"
 
 
@@ -96,4 +109,4 @@ def test_an_error_within_a_capture_is_raised(card):
 
     with pytest.raises(torch.OutOfMemoryError):
         capture(fail)
-    assert card.stream == "training"
+    assert (card.captures, card.stream, card.pools["first"]) == ([], "training", 1)

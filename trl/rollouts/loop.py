@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections import deque
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from trl.errors import ModelError
@@ -34,6 +35,10 @@ LOOK_EVERY = 8
 
 SHRINK = 4
 """The bucket shrinks once the rows need at most 1/SHRINK of it: a smaller step saves little, and may need a new CUDA graph."""
+
+
+UNCAPTURED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which a step could not be captured, so that no other is tried."""
 
 
 class SamplingLoop:
@@ -160,7 +165,8 @@ class Steps:
     def __init__(
         self, policy: Policy, decoder: PagedDecoder, params: SamplingParams, stops: list[int], *, captures: bool
     ) -> None:
-        self.policy, self.decoder, self.params, self.captures = policy, decoder, params, captures
+        self.policy, self.decoder, self.params = policy, decoder, params
+        self.captures = captures and policy.model not in UNCAPTURED
         device, rows = policy.device, decoder.table.shape[1]
         self.stops = torch.tensor(stops, device=device, dtype=torch.long)
         self.ids = torch.zeros(LOOK_EVERY, rows, dtype=torch.long, device=device)
@@ -218,6 +224,8 @@ class Steps:
             self.graphs[rows], self.pool = capture(lambda: self._step(rows, self.decoder.capacity), self.pool)
         except RuntimeError as error:  # as where the model's forward synchronises with the device
             self.captures = False
+            if not isinstance(error, torch.OutOfMemoryError):  # there may be more memory for the next rollout batch
+                UNCAPTURED.add(self.policy.model)
             warnings.warn(
                 f"A step of {type(self.policy.inner).__name__} cannot be captured as a CUDA graph, so its kernels are "
                 f"launched one by one: {error}",
