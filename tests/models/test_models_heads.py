@@ -261,6 +261,13 @@ def test_older_ways_to_ask_for_quantised_weights(make_model, tmp_path):
         CAUSAL.from_pretrained(tmp_path, load_in_8bit=True)
 
 
+def test_whether_a_model_has_adapters_can_be_said_again(make_model):
+    model = CAUSAL.from_pretrained(make_model("llama"))
+    model.is_peft_model = False
+    with pytest.raises(ModelError, match="is_peft_model=True cannot be set"):
+        model.is_peft_model = True
+
+
 def test_adapters_come_back_with_the_head(make_model, tmp_path):
     make_model("llama").save_pretrained(tmp_path / "base")
     model = CAUSAL.from_pretrained(tmp_path / "base", peft_config=LoraConfig(**LORA))

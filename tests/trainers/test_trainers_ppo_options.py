@@ -334,6 +334,30 @@ def test_statistics_reach_the_tracker(make_ppo):
         trainer.log_stats(stats, batch, TRIPLETS[2], columns_to_log=["text"])
 
 
+def test_without_a_tracker_statistics_need_no_texts(make_ppo):
+    trainer = make_ppo()
+    stats = trainer.step(*TRIPLETS)
+    assert trainer.log_stats(stats, {}, TRIPLETS[2])["env/reward_mean"] == pytest.approx(np.mean(SCORES))
+
+
+def test_the_kl_coefficient_is_read_and_set_by_its_older_name(make_ppo):
+    trainer = make_ppo(init_kl_coef=0.5, target=6.0, horizon=100)
+    trainer.kl_ctl.value = 0.25
+    assert trainer.step(*TRIPLETS)["objective/kl_coef"] == 0.25
+    before = trainer.kl_ctl.value
+    trainer.kl_ctl.update(current=60.0, n_steps=10)
+    assert trainer.kl_ctl.value == pytest.approx(before * (1 + 0.2 * 10 / 100))
+    with pytest.raises(AttributeError, match="horizon"):
+        trainer.kl_ctl.horizon = 7
+
+
+def test_attributes_of_other_releases(make_ppo, tmp_path):
+    trainer = make_ppo()
+    assert (trainer.is_encoder_decoder, trainer.is_peft_model) == (False, False)
+    trainer._save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def test_a_tracker_that_is_not_installed(make_ppo):
     with pytest.raises(ConfigError, match="log_with='aim', but that tracker is not installed"):
         make_ppo(log_with="aim")

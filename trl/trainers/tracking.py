@@ -64,6 +64,7 @@ def log_table(
     """Log the texts of a batch and their rewards as a table, to trackers that support tables (wandb)."""
     for tracker in accelerator.trackers:
         if tracker.name == "wandb":
-            found = [*(batch[column] for column in columns), [float(reward) for reward in rewards]]
+            texts = [batch[column] for column in columns]
+            found = [*texts, [float(reward) for reward in rewards]] if all(map(len, texts)) else []
             rows = [list(row) for row in zip(*found, strict=True)]
             tracker.log_table("game_log", columns=[*columns, "reward"], data=rows, step=step)

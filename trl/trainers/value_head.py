@@ -51,6 +51,8 @@ class ValueHeadTrainer(BaseTrainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(save_directory, **kwargs)
         self.processing_class.save_pretrained(save_directory)
 
+    _save_pretrained = save_pretrained
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             state = None if state_dict is None else without_copies(unwrap(self.model), state_dict)

@@ -75,6 +75,14 @@ class WithValueHead(nn.Module, PushToHubMixin):
         """Whether the model has adapters."""
         return isinstance(self.pretrained_model, PeftModel)
 
+    @is_peft_model.setter
+    def is_peft_model(self, value: bool) -> None:
+        """Accepts what is so, as scripts of other releases say it. Raises ModelError for anything else."""
+        if value is not self.is_peft_model:
+            raise ModelError(
+                f"is_peft_model={value} cannot be set: the wrapped model is a {type(self.pretrained_model).__name__}."
+            )
+
     def branch(self, layers: int) -> None:
         """Replace the value head by a `ValueBranch` with `layers` own upper layers. Its linear layer is kept."""
         made = self._new_head(layers)

@@ -42,6 +42,7 @@ from trl.rollouts.experience import Group, experience_of, with_signals
 from trl.rollouts.local import LocalEngine
 from trl.trainers.arguments import PPOKeywords
 from trl.trainers.online import OnlineTrainer
+from trl.trainers.ppo.attributes import PPOAttributes
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.generate import prompts_of, sample, sampling_params
 from trl.trainers.ppo.model import check_arguments, layout_with_value_model, value_network
@@ -83,7 +84,7 @@ def no_rewards(**_: Any) -> list[float]:
     raise ConfigError("This PPOTrainer has no reward_funcs: give scores to step(), or reward_funcs to the trainer.")
 
 
-class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
+class PPOTrainer(ValueHeadTrainer, PPOAttributes, OnlineTrainer):
     """Train a language model by PPO, a batch of triplets at a time with `step`, or on prompts with `train`.
 
     config             a `PPOConfig`; `args` is another name of it
@@ -220,10 +221,6 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         copy = partial(create_reference_model, num_shared_layers=self.num_shared_layers)
         reference = reference_for(inner, self.ref_model, self.args, self.accelerator, has_new_adapter=new, copy=copy)
         return SnapshotReference.of(self.model) if isinstance(reference, SnapshotReference) else reference
-
-    @property
-    def current_device(self) -> torch.device:
-        return self.accelerator.device
 
     # ---- rollout ----
 
@@ -489,12 +486,12 @@ class PPOTrainer(ValueHeadTrainer, OnlineTrainer):
         """
         found = read_scores(list(rewards), batch_size=len(rewards)).to(self.current_device)
         logs = {**stats, **environment(self._gather(found))}
-        for column in columns_to_log:
-            if column not in batch:
-                raise ConfigError(f"columns_to_log names {column!r}, but the batch has {sorted(batch)}.")
         step = self.state.global_step
         if self.args.log_with is not None:
+            for column in columns_to_log:
+                if column not in batch:
+                    raise ConfigError(f"columns_to_log names {column!r}, but the batch has {sorted(batch)}.")
             self.accelerator.log(logs, step=step)
+            log_table(self.accelerator, batch, columns_to_log, rewards, step)
         self.log({name: value for name, value in logs.items() if isinstance(value, float)})
-        log_table(self.accelerator, batch, columns_to_log, rewards, step)
         return logs
