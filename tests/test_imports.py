@@ -235,8 +235,8 @@ def test_an_old_path_says_what_it_does_not_have():
         ImportError, match=r"trl.trainer.utils is a path of other .* called 'SFTTrianer'. Did you mean 'SFTT"
     ):
         from trl.trainer.utils import SFTTrianer  # noqa: F401
-    with pytest.raises(ImportError, match="trl.core is a path of other .* called 'PPODecorators'"):
-        from trl.core import PPODecorators  # noqa: F401
+    with pytest.raises(ImportError, match="trl.core is a path of other .* called 'WANDB_PADDING'"):
+        from trl.core import WANDB_PADDING  # noqa: F401
     with pytest.raises(ImportError, match="nothing here is called 'pad_to_length'"):
         from trl.trainer.utils import pad_to_length  # noqa: F401
 

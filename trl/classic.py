@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import is_npu_available as is_npu_available
 from accelerate.utils import is_xpu_available as is_xpu_available
+from torch import nn
 
 from trl.data.sources import ScriptArguments
 from trl.errors import DataError
 from trl.imports import is_available
+from trl.rewards.reward import RewardFunction
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +112,9 @@ def conversations_formatting_function(
 
 
 # ---- rewards ----
+
+RewardFunc = RewardFunction | nn.Module | str
+"""What a trainer takes as a reward function, for annotations."""
 
 
 def aesthetic_scorer(hub_model_id: str, model_filename: str) -> Callable[..., tuple[Tensor, dict]]:

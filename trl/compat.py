@@ -58,7 +58,7 @@ METHODS = ("trl.experimental", "trl.scripts")
 """Packages in which every name is a submodule, one per method."""
 
 _CLASSIC = """
-DPOScriptArguments DpoScriptArguments RewardScriptArguments SFTScriptArguments SIMPLE_CHAT_TEMPLATE
+DPOScriptArguments DpoScriptArguments RewardFunc RewardScriptArguments SFTScriptArguments SIMPLE_CHAT_TEMPLATE
 SIMPLE_SFT_CHAT_TEMPLATE SftScriptArguments aesthetic_scorer build_bert_batch_from_txt conversations_formatting_function
 init_zero_verbose is_bitsandbytes_available is_deepspeed_available is_diffusers_available
 is_liger_kernel_available is_mergekit_available is_npu_available is_peft_available is_rich_available
@@ -122,6 +122,7 @@ REMOVED |= {
     "FDivergenceType": "give `f_divergence_type` of `DPOConfig` as a str.",
     "GMPOTrainer": 'use `GRPOTrainer` with `GRPOConfig(loss_type="gmpo")`, and `epsilon=0.4`, as its paper has.',
     "IterativeSFTTrainer": "train an `SFTTrainer` on each round's rows.",
+    "PPODecorators": "set `optimize_device_cache=True` of `PPOConfig`.",
     "PPOv2Trainer": "use `PPOTrainer`: it has the whole loop, `train()`.",
     "PRMTrainer": "use `RewardTrainer` with rows of `prompt`, `completions`, `labels`.",
     "PreTrainedModelWrapper": "it is a base class: use `AutoModelForCausalLMWithValueHead`.",
@@ -273,11 +274,25 @@ def advice_on(name: str) -> str:
 
 
 def reject_unused_overrides(cls: type, hooks: Mapping[str, str]) -> None:
-    """Raise ConfigError if a trainer class overrides a method in `HOOKS` or `hooks`, which nothing would call."""
-    for name, advice in sorted((HOOKS | {**hooks}).items()):
+    """Raise ConfigError if a trainer class overrides a method in `HOOKS` or `hooks`, which nothing would call.
+
+    A function that a script has set as an attribute of a class of this package counts, too.
+    """
+    for name in sorted(HOOKS.keys() | hooks.keys()):
         owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-        if owner is not None and not owner.__module__.startswith(("transformers.", "trl.")):
-            raise ConfigError(f"{cls.__name__}.{name} would never be called by this release of TRL. {advice}")
+        if owner is not None and not (_is_known(owner) and _is_known(vars(owner)[name])):
+            reject_unused(cls, name, hooks)
+
+
+def reject_unused(cls: type, name: str, hooks: Mapping[str, str]) -> None:
+    """Raise ConfigError if nothing would call a method of this name: see `HOOKS`."""
+    if advice := HOOKS.get(name) or hooks.get(name):
+        raise ConfigError(f"{cls.__name__}.{name} would never be called by this release of TRL. {advice}")
+
+
+def _is_known(member: Any) -> bool:
+    """True for classes and functions of this package and of `transformers`."""
+    return getattr(member, "__module__", "").startswith(("transformers.", "trl."))
 
 
 class LegacyImportFinder(MetaPathFinder, Loader):

@@ -244,8 +244,51 @@ def test_options_and_rewards_are_read_from_an_online_trainer(make_model, tmp_pat
     assert (run.beta, run.temperature, run.num_generations, run.num_generations_eval) == (0.1, 0.7, 2, 2)
     assert (run.reward_funcs, run.reward_func_names) == ([letters], ["letters"])
     assert run.reward_weights.tolist() == [1.0]
-    with pytest.raises(ConfigError, match=r"GRPOTrainer\.beta cannot be set.* Set beta=0\.2 in GRPOConfig"):
-        run.beta = 0.2
+    assert (run.epsilon_low, run.epsilon_high, run.max_prompt_length) == (0.2, 0.2, None)
+
+
+def test_an_option_is_not_set_on_a_trainer_but_to_what_it_is(make_model, tmp_path):
+    run = grpo(make_model("llama"), tmp_path, beta=0.1)
+    run.beta, run.num_generations_eval, run.epsilon_high = 0.1, 2, 0.2
+    for name, option in (("beta", "beta"), ("epsilon_low", "epsilon"), ("epsilon_high", "epsilon_high")):
+        with pytest.raises(ConfigError, match=rf"GRPOTrainer\.{name} cannot be set.* Set {option}=0\.5 in GRPOConfig"):
+            setattr(run, name, 0.5)
+    with pytest.raises(ConfigError, match=r"GRPOTrainer\.ref_model cannot be set"):
+        run.ref_model = make_model("llama")
+
+
+def test_an_attribute_that_is_no_option_of_a_configuration_belongs_to_the_subclass(make_model, tmp_path):
+    options = {"num_generations": 2, "max_completion_length": 4}
+    run = made(RLOOTrainer, make_model("llama"), prompts(), tmp_path, given={"reward_funcs": letters}, **options)
+    with pytest.raises(AttributeError, match="RLOOTrainer has no attribute 'top_entropy_quantile'"):
+        _ = run.top_entropy_quantile
+    run.top_entropy_quantile = 0.3
+    assert run.top_entropy_quantile == 0.3
+
+
+def test_other_reward_functions_reward_what_follows(make_model, tmp_path):
+    def nothing(completions, **_):
+        return [0.25] * len(completions)
+
+    run = grpo(make_model("llama"), tmp_path, reward_weights=[2.0])
+    run.reward_funcs = [nothing]
+    run.train()
+    assert run.state.log_history[0]["rewards/nothing/mean"] == 0.25
+    assert run.state.log_history[0]["reward"] == 0.5
+    run.reward_funcs, run.reward_weights = [nothing, letters], [1.0, 0.0]
+    run.reward_func_names = ["a", "b"]
+    assert (run.reward_weights.tolist(), run.reward_func_names) == ([1.0, 0.0], ["a", "b"])
+    with pytest.raises(ConfigError, match="1 weights were given for 2 reward functions"):
+        run.reward_weights = [1.0]
+
+
+def test_completions_are_shown_on_request(make_model, tmp_path, capsys):
+    run = grpo(make_model("llama"), tmp_path)
+    run.eval_dataset = run.train_dataset.select(range(2))
+    run.generate_completions()
+    assert not run.args.log_completions
+    assert "Say" in capsys.readouterr().out
+    assert (tmp_path / "completions" / "eval").is_dir()
 
 
 # ---- options ----

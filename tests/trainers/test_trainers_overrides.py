@@ -9,9 +9,11 @@ import textwrap
 from collections.abc import Iterable
 
 import pytest
+from datasets import Dataset
 from transformers import Trainer
 
 import trl
+from tests.conftest import make_tokenizer
 from trl.compat import HOOKS
 from trl.errors import ConfigError
 
@@ -72,3 +74,14 @@ def test_every_trainer_refuses_what_none_calls(name):
     for trainer in (trl.SFTTrainer, trl.DiffusionDPOTrainer, type("Between", (trl.PPOTrainer,), {})):
         with pytest.raises(ConfigError, match=rf"Mine\.{name} would never be called"):
             type("Mine", (trainer,), {name: lambda self, *_: None})
+
+
+def test_what_a_script_sets_on_a_class_or_a_trainer_is_refused_like_an_override(monkeypatch, make_model, tmp_path):
+    rows = Dataset.from_dict({"text": ["A fox.", "It runs."]})
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", html_report=False)
+    run = trl.SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=make_tokenizer())
+    with pytest.raises(ConfigError, match=r"SFTTrainer\.compute_ref_log_probs would never be called"):
+        run.compute_ref_log_probs = lambda batch: None
+    monkeypatch.setattr(trl.SFTTrainer, "_compute_loss", lambda self, *_: None, raising=False)
+    with pytest.raises(ConfigError, match=r"SFTTrainer\._compute_loss would never be called"):
+        trl.SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=make_tokenizer())

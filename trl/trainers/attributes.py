@@ -1,12 +1,14 @@
 """Attributes that scripts for other releases read from an online trainer: its options by name, and its reward functions.
 
-trainer.num_generations      trainer.args.num_generations
-trainer.reward_weights       a tensor, [functions]
+trainer.num_generations          trainer.args.num_generations
+trainer.reward_weights           a tensor, [functions]
+trainer.reward_funcs = [short]   rewards the rollout batches that follow
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,67 +16,123 @@ from torch import Tensor, nn
 
 from trl.errors import ConfigError
 from trl.rewards.model import RewardModel
-from trl.rewards.reward import Reward
+from trl.rewards.reward import Reward, make_rewards
 
 
 class Option:
-    """An option of the configuration. Setting it on the trainer raises ConfigError, since it would change nothing."""
+    """An option of the configuration, under its own name or as `option`; where it is None, the option `otherwise`.
+
+    Setting it on the trainer to another value raises ConfigError, since it would change nothing. Where the configuration has no
+    such option, it is an attribute like any other.
+    """
+
+    def __init__(self, option: str = "", *, otherwise: str = "") -> None:
+        self.option, self.otherwise = option, otherwise
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.name, self.option = name, self.option or name
 
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
-        return self if trainer is None else getattr(trainer.args, self.name)
+        if trainer is None:
+            return self
+        if self._is_in(trainer):
+            value = getattr(trainer.args, self.option)
+            return getattr(trainer.args, self.otherwise) if value is None and self.otherwise else value
+        if self.name in vars(trainer):
+            return vars(trainer)[self.name]
+        raise AttributeError(
+            f"{type(trainer).__name__} has no attribute {self.name!r}, nor its configuration an option."
+        )
 
     def __set__(self, trainer: Any, value: Any) -> None:
-        raise ConfigError(
-            f"{type(trainer).__name__}.{self.name} cannot be set: it is read from the configuration when the trainer is "
-            f"constructed. Set {self.name}={value!r} in {type(trainer.args).__name__}."
-        )
+        if not self._is_in(trainer):
+            vars(trainer)[self.name] = value
+        elif value != self.__get__(trainer):
+            raise ConfigError(
+                f"{type(trainer).__name__}.{self.name} cannot be set: it is read from the configuration when the trainer is "
+                f"constructed. Set {self.option}={value!r} in {type(trainer.args).__name__}."
+            )
+
+    def _is_in(self, trainer: Any) -> bool:
+        return self.option in getattr(vars(trainer).get("args"), "__dataclass_fields__", ())
 
 
 class OnlineAttributes:
     """Attributes of online trainers. Reading one whose option the configuration lacks raises AttributeError."""
 
     args: Any
+    sampler: Any
     rewards: Sequence[Reward]
 
     beta = Option()
+    chat_template_kwargs = Option()
+    entropy_coef = Option()
+    epsilon_high = Option(otherwise="epsilon")
+    epsilon_low = Option("epsilon")
+    generation_kwargs = Option()
     importance_sampling_level = Option()
     log_completions = Option()
+    log_unique_prompts = Option()
     loss_type = Option()
     mask_truncated_completions = Option()
     max_completion_length = Option()
+    max_prompt_length = Option()
     min_p = Option()
+    multi_objective_aggregation = Option()
     num_completions_to_print = Option()
     num_generations = Option()
+    num_generations_eval = Option(otherwise="num_generations")
     num_iterations = Option()
+    off_policy_mask_threshold = Option()
+    pad_to_multiple_of = Option()
     repetition_penalty = Option()
     scale_rewards = Option()
     shuffle_dataset = Option()
     temperature = Option()
+    top_entropy_quantile = Option()
     top_k = Option()
     top_p = Option()
+    use_adaptive_entropy = Option()
     use_vllm = Option()
+    vllm_gpu_memory_utilization = Option()
     vllm_mode = Option()
-
-    @property
-    def num_generations_eval(self) -> int:
-        """Completions of each prompt in an evaluation."""
-        return self.args.num_generations_eval or self.num_generations
+    vllm_tensor_parallel_size = Option()
 
     @property
     def reward_funcs(self) -> list[Callable | nn.Module]:
-        """The reward functions, and reward models as `nn.Module`s."""
+        """The reward functions, and reward models as `nn.Module`s. Others may be set: as many as before keep the weights."""
         functions = [reward.function for reward in self.rewards]
         return [each.model if isinstance(each, RewardModel) else each for each in functions]
+
+    @reward_funcs.setter
+    def reward_funcs(self, functions: Any) -> None:
+        made, before = make_rewards(functions), self.rewards
+        self.sampler.rewards = made
+        if len(made) == len(before):
+            self.reward_weights = [reward.weight for reward in before]
 
     @property
     def reward_func_names(self) -> list[str]:
         """Names of the reward functions in logs."""
         return [reward.name for reward in self.rewards]
 
+    @reward_func_names.setter
+    def reward_func_names(self, names: Sequence[str]) -> None:
+        self._set_each("name", names)
+
     @property
     def reward_weights(self) -> Tensor:
         """Weight of each reward function in the sum, `[functions]`."""
         return torch.tensor([reward.weight for reward in self.rewards])
+
+    @reward_weights.setter
+    def reward_weights(self, weights: Sequence[float] | Tensor) -> None:
+        self._set_each("weight", [float(weight) for weight in weights])
+
+    def _set_each(self, field: str, values: Sequence[Any]) -> None:
+        if len(values) != len(self.rewards):
+            raise ConfigError(
+                f"{len(values)} {field}s were given for {len(self.rewards)} reward functions: give one each."
+            )
+        pairs = zip(self.rewards, values, strict=True)
+        self.sampler.rewards = [replace(reward, **{field: value}) for reward, value in pairs]

@@ -423,10 +423,19 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         with without_graphs(*networks_of(self.model)):
             return super()._loss_alone(item, batch)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ConfigError for a reference that is set after construction, which nothing would read."""
+        if name == "ref_model" and value is not None and "reference" in vars(self) and value is not self.ref_model:
+            raise ConfigError(
+                f"{type(self).__name__}.ref_model cannot be set: the reference is prepared when the trainer is constructed. Give it "
+                "to a new trainer."
+            )
+        super().__setattr__(name, value)
+
     def _compare_with(self, reference: Reference) -> None:
         """Set `reference` as the trainer's reference; with sync_ref_model it is updated and saved in checkpoints."""
-        self.reference = reference
         self.ref_model = reference.model if isinstance(reference, FrozenModel) else None
+        self.reference = reference
         for callback in sync_callbacks(reference, self.args):
             self.add_callback(callback)
         self.keep_reference(reference, moves=self.args.sync_ref_model)

@@ -261,3 +261,11 @@ class RolloutTrainer(BaseTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in log.take_logged().items()})
         log.write(self.state.global_step, metric_key_prefix)
         return output
+
+    def generate_completions(self) -> None:
+        """Evaluate, and show the completions with their rewards, as with log_completions; for scripts of other releases."""
+        shown, self.args.log_completions = self.args.log_completions, True
+        try:
+            self.evaluate()
+        finally:
+            self.args.log_completions = shown

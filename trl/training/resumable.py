@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl.compat import reject_unused_overrides
+from trl.compat import reject_unused, reject_unused_overrides
 from trl.data.examples import Endless
 from trl.models.files import follow_umask
 from trl.models.reference import Reference
@@ -65,7 +65,13 @@ class ResumableTrainer(Trainer):
         super().__init_subclass__(**kwargs)
         reject_unused_overrides(cls, cls.uncalled)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ConfigError for methods that trainers of this class do not call."""
+        reject_unused(type(self), name, self.uncalled)
+        super().__setattr__(name, value)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        reject_unused_overrides(type(self), self.uncalled)
         super().__init__(*args, **kwargs)
         self.states = StateRegistry()
         self.states.register(
