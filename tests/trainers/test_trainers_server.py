@@ -124,3 +124,20 @@ def test_a_function_that_gives_something_else(make_model, tmp_path, change, word
     trainer = make_trainer(make_model("llama"), tmp_path, of_length, rollout_func=wrong)
     with pytest.raises(DataError, match=words):
         trainer.train()
+
+
+def test_placeholders_for_log_probabilities_are_refused_where_they_are_read(make_model, tmp_path):
+    def placeholders(prompts, trainer):
+        made = episode(prompts, trainer)
+        return made | {"logprobs": [[0.0] * len(ids) for ids in made["completion_ids"]]}
+
+    def run(**options):
+        trainer = make_trainer(make_model("llama"), tmp_path, of_length, rollout_func=placeholders, **options)
+        trainer.train()
+        return trainer.state.global_step
+
+    assert run(max_steps=1, overwrite_output_dir=True) == 1
+    assert run(max_steps=1, overwrite_output_dir=True, num_iterations=2, recompute_old_logprobs=True) == 1
+    for option in ({"num_iterations": 2}, {"importance_sampling_correction": True}):
+        with pytest.raises(DataError, match="all logprobs are 0.*recompute_old_logprobs=True"):
+            run(overwrite_output_dir=True, **option)

@@ -49,6 +49,15 @@ def rollouts_of(
     return _of_groups(prompts, n), [rollouts[p * n : (p + 1) * n] for p in range(count)]
 
 
+def check_logprobs(rollouts: Sequence[Rollout]) -> None:
+    """Raise DataError if every log-probability is 0: no policy is certain of every token, so they are placeholders."""
+    if not any(value for rollout in rollouts for value in rollout.logprobs):
+        raise DataError(
+            "rollout_func: all logprobs are 0, as if the policy had been certain of every token, and ratios are computed from "
+            "them: return those of the sampled tokens, or set recompute_old_logprobs=True."
+        )
+
+
 def _check_lists(found: Any, entries: int) -> None:
     if not isinstance(found, Mapping) or any(found.get(name) is None for name in NEEDED):
         given = sorted(found) if isinstance(found, Mapping) else type(found).__name__

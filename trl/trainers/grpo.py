@@ -137,6 +137,11 @@ class GRPOConfig(OnlineConfig):
             self.importance_sampling_correction = self.use_vllm
         self.make_algorithm()
 
+    @property
+    def reads_sampler_logprobs(self) -> bool:
+        """Whether the loss depends on the log-probabilities that come with the samples."""
+        return super().reads_sampler_logprobs or bool(self.importance_sampling_correction)
+
     def make_algorithm(self) -> GRPO:
         """The algorithm that these options describe."""
         gdpo = self.multi_objective_aggregation == NORMALIZE_THEN_SUM

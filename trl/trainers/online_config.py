@@ -168,6 +168,11 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
         return SamplingParams(**{**given, **({"generation_config": config} if further else {}), **options})
 
     @property
+    def reads_sampler_logprobs(self) -> bool:
+        """Whether the loss depends on the log-probabilities that come with the samples."""
+        return not (self.is_on_policy or self.recompute_old_logprobs)
+
+    @property
     def minibatches_per_rollout_batch(self) -> int:
         """Number of minibatches in a rollout batch, on each process."""
         if self.generation_batch_size is None:

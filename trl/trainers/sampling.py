@@ -26,7 +26,7 @@ from trl.rewards.model import RewardModel
 from trl.rewards.reward import Reward, Samples, check_columns, make_rewards
 from trl.rollouts.engine import Prompt, Rollout, RolloutEngine, Unexpanded
 from trl.rollouts.experience import Group, example_of, finished
-from trl.rollouts.function import rollouts_of
+from trl.rollouts.function import check_logprobs, rollouts_of
 from trl.rollouts.sampling import SamplingParams
 from trl.trainers.online_config import OnlineConfig
 from trl.types import Example
@@ -100,6 +100,8 @@ class GroupSampler:
             return [], []
         found = self.rollout_func([row["prompt"] for row in rows for _ in range(n)])
         ids, sampled = rollouts_of(found, len(rows), n, self._end_tokens(), self.state().global_step)
+        if self.args.reads_sampler_logprobs:
+            check_logprobs(list(chain(*sampled)))
         return [replace(prompt, prompt=own) for prompt, own in zip(prompts, ids, strict=True)], sampled
 
     def _asked(self, row: Mapping[str, Any], example: Example) -> Prompt:
