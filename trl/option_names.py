@@ -72,7 +72,7 @@ class OptionNames(type):
             if today and today not in fields and not takes_any:
                 if asks_for_nothing(name, value):
                     continue
-                older = [alias for alias, today in cls.ALIASES.items() if today]
+                older = [alias for alias, today in cls.ALIASES.items() if today in fields]
                 raise ConfigError(f"{cls.__name__} has no option {name!r}.{remedy(name, [*fields, *older])}")
             if today in spelled:
                 both = f"{spelled[today]!r} and {name!r}"

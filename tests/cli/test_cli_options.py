@@ -46,6 +46,13 @@ def test_fifteen_options_come_first(command, own, capsys):
     assert all(text.count("--learning_rate ") == 0 for text in titles if text.startswith("Optimisation"))
 
 
+def test_a_name_that_is_suggested_is_an_option_of_the_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="GRPOConfig has no option 'max_seq_length'") as refused:
+        GRPOConfig(output_dir=str(tmp_path), max_seq_length=8, **CPU)
+    assert "or 'max_seq_length'" not in str(refused.value)
+    assert "mean 'max_seq_length'" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -55,7 +62,6 @@ def test_fifteen_options_come_first(command, own, capsys):
         ({"fp16": True, "bf16": True}, "bf16 and fp16 are both set"),
         ({"tf32": True}, "tf32=True needs an NVIDIA GPU"),
         ({"logging_steps": 0}, "logging_steps=0: .*--logging_strategy no"),
-        ({"save_steps": 0}, "save_steps=0"),
         ({"eval_strategy": "steps", "eval_steps": 0}, "eval_steps=0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: give a finite number"),
         ({"learning_rate": "1e-4"}, "learning_rate='1e-4' is text"),

@@ -51,6 +51,11 @@ def run(written, tmp_path) -> Path:
 # ---- what is in one ----
 
 
+def test_an_interval_of_no_steps_saves_at_the_end_alone(tmp_path):
+    RUNS["sft"](tmp_path, **{**SAVING, "save_steps": 0, "max_steps": 2}).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_checkpoint_holds_all_that_changes(tmp_path):
     RUNS["ppo"](tmp_path, **{**SAVING, "sync_ref_model": True, "max_steps": 1}).train()
     folder = tmp_path / "checkpoint-1"

@@ -117,7 +117,7 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
     """Number of batches of `per_device_train_batch_size` rows that each device contributes to an optimizer step."""
 
     save_steps: float = 500
-    """Write a checkpoint every so many optimizer steps; a number below 1 is a fraction of all steps."""
+    """Write a checkpoint every so many optimizer steps; a number below 1 is a fraction of all steps. 0: at the end alone."""
 
     learning_rate: float = 2e-5
     """Peak learning rate, which is reached at the end of warm-up."""

@@ -18,7 +18,8 @@ from trl.ops.products import has_bfloat16
 
 logger = logging.getLogger(__name__)
 
-INTERVALS = ("logging", "save", "eval")
+INTERVALS = ("logging", "eval")
+"""Intervals that cannot be 0 steps. save_steps=0 saves at the end of training alone, as in `transformers`."""
 
 OPTIMIZERS = {
     r"adamw_(bnb_)?8bit|rmsprop_bnb.*|(paged_)?(lion|ademamix)_(8|32)bit|paged_adamw_(8|32)bit|ademamix": "bitsandbytes",
