@@ -16,6 +16,7 @@ from trl.data.messages import to_chatml
 from trl.data.prepacked import PACKED_COLUMNS
 from trl.data.trees import shared_length
 from trl.errors import DataError, suggest
+from trl.imports import is_available
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 Row = Mapping[str, Any]
@@ -83,9 +84,10 @@ def detect_kind(
     """
     present = set(columns)
     if not reads_images and (pictures := sorted(present & PICTURES)):
+        hint = "" if is_available("torchvision") else " (AutoProcessor gives it for some models with torchvision alone)"
         raise DataError(
             f"The columns {pictures} hold images, which a tokenizer cannot process: pass the model's processor as "
-            f"processing_class. To train on the texts alone: dataset.remove_columns({pictures})."
+            f"processing_class{hint}. To train on the texts alone: dataset.remove_columns({pictures})."
         )
     kinds = {kind: needs for kind, needs in KINDS.items() if allowed is None or kind in allowed}
     if "language_modeling" in kinds:
