@@ -297,6 +297,18 @@ def test_answers_have_no_images_of_their_own(tiny, chosen, rejected, message):
             encoded(tiny, {**columns, **images})
 
 
+@pytest.mark.parametrize("build", [llava, gemma3, qwen2_5_vl])
+def test_a_prompt_that_a_script_has_rendered_is_the_conversation(build, tmp_path):
+    made = build()
+    path = str(tmp_path / "one.png")
+    picture(1).save(path)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+    text = made.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    columns = [{"prompt": [prompt], "image": [path]} for prompt in (text, asked)]
+    rendered, whole = (encoded(made, each, kind="prompt_only")[0].dataset[0]["prompt_ids"] for each in columns)
+    assert rendered == whole
+
+
 def test_both_sides_of_a_pair_show_the_images_of_its_prompt(tiny, tmp_path):
     """In pairs without a prompt both sides hold them; a text that stands for one is no answer either."""
     paths = [str(tmp_path / f"{seed}.png") for seed in (1, 2)]

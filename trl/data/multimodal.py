@@ -127,7 +127,7 @@ def _placed(
 ) -> tuple[dict[str, Any], list[Any]]:
     """The changed values of a row, and its images. `as_chat` turns plain texts into conversations."""
     images = images_of(row)
-    row = _as_chat(row) if as_chat else row
+    row = _as_chat(row, processing.place) if as_chat else row
     placed = {name: row[name] for name in CHATS if name in row}
     beginning = next((name for name in ("prompt", "messages", "conversations", "chosen") if name in row), None)
     for name, value in placed.items():
@@ -195,9 +195,12 @@ def _places(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(part.get("type") == "image" for part in parts)
 
 
-def _as_chat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of plain texts as a conversation: the prompt becomes a user message, answers become assistant messages."""
-    if not isinstance(row.get("prompt"), str) or TAG in row["prompt"]:
+def _as_chat(row: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A row of plain texts as a conversation: the prompt becomes a user message, answers become assistant messages.
+
+    A prompt that says where its images are, by "<image>" or by the model's own placeholder, is a whole text already.
+    """
+    if not isinstance(row.get("prompt"), str) or TAG in row["prompt"] or place in row["prompt"]:
         return dict(row)
     said = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
     spoken = {
