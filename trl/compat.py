@@ -160,6 +160,7 @@ ARGUMENTS |= {
     "judge": BY_REWARD,
     "model_init": f"give the model itself, or its name. {SWEEP}",
     "policy": "use `model`.",
+    "ref_model": "online trainers take it as `reference`.",
     "ref_policy": "the reference is the model as it is before training.",
     "reward_model": "give it as one of `reward_funcs`.",
     "tools": TOOLS,

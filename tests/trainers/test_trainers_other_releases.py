@@ -233,6 +233,20 @@ def test_completions_of_a_least_length(make_model, tmp_path):
     assert run.state.log_history[0]["completions/min_length"] >= 3
 
 
+def test_an_online_trainer_takes_neither_collator_nor_ref_model(make_model, tmp_path):
+    def run(**given):
+        rows, given = prompts(), {"reward_funcs": letters, **given}
+        return made(GRPOTrainer, make_model("llama"), rows, tmp_path, given=given, num_generations=2)
+
+    run(data_collator=None, ref_model=None)
+    with pytest.raises(ConfigError, match="leave `data_collator` out"):
+        run(data_collator=list)
+    with pytest.raises(
+        ConfigError, match="GRPOTrainer has no argument 'ref_model'. Online trainers take it as `reference`"
+    ):
+        run(ref_model=make_model("llama"))
+
+
 def test_an_online_trainer_has_its_reference(make_model, tmp_path):
     assert grpo(make_model("llama"), tmp_path).ref_model is None
     run = grpo(make_model("llama"), tmp_path, beta=0.1)

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from trl.compat import SAMPLER
 from trl.data.encode import EncodeSettings
-from trl.errors import EngineError
+from trl.errors import ConfigError, EngineError
 from trl.models.score import unwrap
 from trl.rewards.reward import Reward, check_weights
 from trl.rollouts.buffer import Minibatch, RolloutBuffer
@@ -70,6 +70,8 @@ class RolloutTrainer(BaseTrainer):
         rollout_func: RolloutFunction | None,
         **keywords: Any,
     ) -> None:
+        if keywords.pop("data_collator", None) is not None:
+            raise ConfigError(f"{type(self).__name__} samples from prompts one by one: leave `data_collator` out.")
         self.engine = engine
         self.buffer: RolloutBuffer | None = None
         self._columns: dict[str, list[str]] = {}
