@@ -296,6 +296,30 @@ def test_other_reward_functions_reward_what_follows(make_model, tmp_path):
         run.reward_weights = [1.0]
 
 
+def test_what_no_online_trainer_reads_is_not_set(make_model, tmp_path):
+    run = grpo(make_model("llama"), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"GRPOTrainer\.generation_config cannot be set: nothing would read it.*`top_p`"
+    ):
+        run.generation_config = run.model.generation_config
+    with pytest.raises(AttributeError, match=r"no attribute 'llm'.*trainer\.engine"):
+        _ = run.llm
+    assert not hasattr(run, "vllm_client")
+
+
+def test_a_rollout_function_is_set_after_construction(make_model, tmp_path):
+    def fixed(prompts, trainer):
+        ids = {"prompt_ids": [[3, 4]] * len(prompts), "completion_ids": [[5 + i] for i in range(len(prompts))]}
+        return {**ids, "logprobs": [[-1.0]] * len(prompts)}
+
+    run = grpo(make_model("llama"), tmp_path)
+    assert run.rollout_func is None
+    run.rollout_func = fixed
+    run.train()
+    assert run.rollout_func is fixed
+    assert run.state.log_history[0]["completions/mean_length"] == 1
+
+
 def test_completions_are_shown_on_request(make_model, tmp_path, capsys):
     run = grpo(make_model("llama"), tmp_path)
     run.eval_dataset = run.train_dataset.select(range(2))

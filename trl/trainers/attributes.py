@@ -18,6 +18,12 @@ from trl.errors import ConfigError
 from trl.rewards.model import RewardModel
 from trl.rewards.reward import Reward, make_rewards
 
+ENGINE = "Completions come from `trainer.engine`, and an `engine` of your own may be given: see `trl.rollouts.engine`."
+NO_TOOLS = "Tools and environments are not supported yet: give a `rollout_func`, see docs/scaling.md."
+SAMPLING = (
+    "The configuration has the options of sampling: `temperature`, `top_p`, `top_k`, `min_p`, `generation_kwargs`."
+)
+
 
 class Option:
     """An option of the configuration, under its own name or as `option`; where it is None, the option `otherwise`.
@@ -55,6 +61,33 @@ class Option:
 
     def _is_in(self, trainer: Any) -> bool:
         return self.option in getattr(vars(trainer).get("args"), "__dataclass_fields__", ())
+
+
+class Unread:
+    """An attribute that other releases read and this one does not: setting it on a trainer of this package raises ConfigError.
+
+    In a subclass it is an attribute like any other.
+    """
+
+    def __init__(self, advice: str) -> None:
+        self.advice = advice
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        if trainer is None:
+            return self
+        if self.name in vars(trainer):
+            return vars(trainer)[self.name]
+        raise AttributeError(f"{type(trainer).__name__} has no attribute {self.name!r}. {self.advice}")
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        if type(trainer).__module__.startswith("trl."):
+            raise ConfigError(
+                f"{type(trainer).__name__}.{self.name} cannot be set: nothing would read it. {self.advice}"
+            )
+        vars(trainer)[self.name] = value
 
 
 class OnlineAttributes:
@@ -97,6 +130,14 @@ class OnlineAttributes:
     vllm_gpu_memory_utilization = Option()
     vllm_mode = Option()
     vllm_tensor_parallel_size = Option()
+
+    environments = Unread(NO_TOOLS)
+    generation_config = Unread(SAMPLING)
+    llm = Unread(ENGINE)
+    sampling_params = Unread(SAMPLING)
+    tools = Unread(NO_TOOLS)
+    vllm_client = Unread(ENGINE)
+    vllm_generation = Unread(ENGINE)
 
     @property
     def reward_funcs(self) -> list[Callable | nn.Module]:

@@ -92,6 +92,16 @@ class RolloutTrainer(BaseTrainer):
         """The reward functions."""
         return self.sampler.rewards
 
+    @property
+    def rollout_func(self) -> RolloutFunction | None:
+        """The function that generates completions in place of the engine. It may be set."""
+        return self._rollout_func
+
+    @rollout_func.setter
+    def rollout_func(self, function: RolloutFunction | None) -> None:
+        self._rollout_func = function
+        self.sampler.rollout_func = None if function is None else lambda prompts: function(prompts, self)
+
     def _resolve_model(self, model: Any, quantization_config: Any, peft_config: Any) -> nn.Module:
         self.args.check_batches()
         check_weights(self._given_rewards(), self.args.reward_weights)
@@ -124,8 +134,8 @@ class RolloutTrainer(BaseTrainer):
             lambda: self.engine,
             rewards,
             state=lambda: self.state,
-            rollout_func=None if rollout_func is None else lambda prompts: rollout_func(prompts, self),
         )
+        self.rollout_func = rollout_func
         self.rollout_logs = {
             mode: RolloutLog(self.sampler, mode, meter, self.accelerator) for mode, meter in self.meters.items()
         }
