@@ -17,6 +17,7 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     LlamaForSequenceClassification,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -318,6 +319,17 @@ def test_a_rollout_function_is_set_after_construction(make_model, tmp_path):
     run.train()
     assert run.rollout_func is fixed
     assert run.state.log_history[0]["completions/mean_length"] == 1
+
+
+def test_a_curriculum_in_a_callback_is_told_that_it_has_no_effect(make_model, tmp_path, caplog):
+    class Curriculum(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            run.train_dataset = run.train_dataset.select([0])
+
+    run = grpo(make_model("llama"), tmp_path)
+    run.add_callback(Curriculum)
+    run.train()
+    assert "train_dataset was replaced during training, which goes on with the rows that it began with" in caplog.text
 
 
 def test_completions_are_shown_on_request(make_model, tmp_path, capsys):

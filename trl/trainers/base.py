@@ -424,7 +424,11 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             return super()._loss_alone(item, batch)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises ConfigError for a reference that is set after construction, which nothing would read."""
+        """Raises ConfigError for a reference that is set after construction, and warns of rows set during training: neither is read."""
+        if name == "train_dataset" and vars(self).get("is_in_train"):
+            logger.warning(
+                "train_dataset was replaced during training, which goes on with the rows that it began with."
+            )
         if name == "ref_model" and value is not None and "reference" in vars(self) and value is not self.ref_model:
             raise ConfigError(
                 f"{type(self).__name__}.ref_model cannot be set: the reference is prepared when the trainer is constructed. Give it "
