@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -229,8 +230,15 @@ class ILQLTrainer(ValueHeadTrainer):
         params = {f"@beta={beta:g}": args.sampling_params(beta=beta, seed=args.seed) for beta in args.betas}
         return SampledEvaluation(rows.to_list(), params, make_rewards(reward_funcs), n=args.num_generations_eval)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.sampled_evaluation is not None:
             found = self.sampled_evaluation(
                 LocalEngine(self.model_wrapped, self.tokenizer, progress=False),

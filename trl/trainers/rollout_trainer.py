@@ -266,9 +266,16 @@ class RolloutTrainer(BaseTrainer):
         if "loss" in logs:
             self.rollout_logs["train"].write(self.state.global_step)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         self.sampler.samplings["eval"] = 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         log = self.rollout_logs["eval"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in log.take_logged().items()})
         log.write(self.state.global_step, metric_key_prefix)

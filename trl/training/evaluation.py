@@ -98,7 +98,7 @@ class EvaluatingTrainer(StepTrainer):
         batch = self._prepare_inputs(batch)
         weights = self.weights(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
-            if type(self).compute_loss is StepTrainer.compute_loss:
+            if getattr(self.compute_loss, "__func__", None) is StepTrainer.compute_loss:
                 loss, metrics = self.loss(model, batch)
             else:
                 loss, metrics = self._computed_loss(model, batch, weights)
@@ -125,10 +125,17 @@ class EvaluatingTrainer(StepTrainer):
             "the loss and the metrics, as super().compute_loss(model, inputs, return_outputs=True) does."
         )
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As in `transformers`, but metrics are means over the whole dataset and not means of batch means."""
         self.gather_function = self.gather_predictions  # `transformers` sets its own again when the loop ends
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         found = self.meters["eval"].read(self._gather, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
