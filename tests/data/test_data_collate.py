@@ -64,14 +64,20 @@ def test_templates_given_as_text(tokenizer):
     assert tokenizer.decode([t for t, trained in zip(ids, mask, strict=True) if trained]) == " no"
 
 
-def test_a_template_that_is_not_there_names_the_row(tokenizer):
+def test_a_template_that_is_nowhere_names_the_row(tokenizer):
     collator = DataCollatorForCompletionOnlyLM(RESPONSE, INSTRUCTION, tokenizer=tokenizer)
-    with pytest.raises(DataError, match=r"Row 2: the response template .* \(ids \[7, 8\]\) does not occur"):
-        collator([[5, 7, 8, 3], [5, 3]])
-    with pytest.raises(
-        DataError, match=r"Row 1: the instruction template .* give the token ids .* instruction_template"
-    ):
+    with pytest.raises(DataError, match=r"Row 1 of a batch: the response template .* \(ids \[7, 8\]\) does not occur"):
+        collator([[5, 3], [5, 1]])
+    with pytest.raises(DataError, match=r"the instruction template .* give the token ids .* instruction_template"):
         collator([[7, 8, 3]])
+
+
+def test_a_row_that_was_cut_before_its_answer_is_not_trained_on(tokenizer, caplog):
+    collator = DataCollatorForCompletionOnlyLM(RESPONSE, tokenizer=tokenizer)
+    assert collator([[7, 8, 3], [5, 1]])["labels"].tolist() == [[-100, -100, 3], [-100] * 3]
+    assert collator([[5, 1]])["labels"].tolist() == [[-100, -100]]
+    (said,) = caplog.messages
+    assert said.startswith("Row 2 of a batch: the response template")
 
 
 def test_mlm_is_refused(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trl.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 class DataCollatorForCompletionOnlyLM:
@@ -23,7 +26,8 @@ class DataCollatorForCompletionOnlyLM:
 
     EOS is trained on even when it is also the pad token.
 
-    Raises DataError for a row in which a template does not occur.
+    Rows in which a template does not occur, because they were truncated before it, are not trained on, and the first is named in a
+    warning. Raises DataError if no row had the templates yet.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class DataCollatorForCompletionOnlyLM:
         self.instruction = None if instruction_template is None else self._ids(instruction_template)
         self.ignore_index = ignore_index
         self.padding_free = padding_free
+        self._occurred = self._warned = False
 
     def _ids(self, template: str | Sequence[int]) -> list[int]:
         if isinstance(template, str):
@@ -51,32 +56,51 @@ class DataCollatorForCompletionOnlyLM:
 
     def completion_mask(self, ids: Sequence[int], row: int) -> list[bool]:
         """True for the tokens of a row that are trained on: those after a response template. Errors name `row`."""
+        if missing := self._missing(ids):
+            raise DataError(self._not_found(missing, ids, row))
         answers = [start + len(self.response) for start in occurrences(ids, self.response)]
-        if not answers:
-            raise self._not_found("response", self.response, ids, row)
         if self.instruction is None:
             return [t >= answers[-1] for t in range(len(ids))]
-        questions = occurrences(ids, self.instruction)
-        if not questions:
-            raise self._not_found("instruction", self.instruction, ids, row)
-        mask = [False] * len(ids)
+        questions, mask = occurrences(ids, self.instruction), [False] * len(ids)
         for start in answers:
             end = next((q for q in questions if q >= start), len(ids))
             mask[start:end] = [True] * (end - start)
         return mask
 
-    def _not_found(self, kind: str, template: list[int], ids: Sequence[int], row: int) -> DataError:
+    def _masks(self, rows: Sequence[Sequence[int]]) -> list[list[bool]]:
+        """The masks of a batch of rows; False for all tokens of a row without a template, if other rows have them."""
+        missing = [self._missing(ids) for ids in rows]
+        self._occurred = self._occurred or not all(missing)
+        if not self._occurred:
+            raise DataError(self._not_found(missing[0], rows[0], 0))
+        if any(missing) and not self._warned:
+            self._warned = True
+            row, kind = next((row, kind) for row, kind in enumerate(missing) if kind)
+            logger.warning(f"{self._not_found(kind, rows[row], row)} Rows without it are not trained on.")
+        return [
+            [False] * len(ids) if kind else self.completion_mask(ids, row)
+            for row, (ids, kind) in enumerate(zip(rows, missing, strict=True))
+        ]
+
+    def _missing(self, ids: Sequence[int]) -> str:
+        """Which template does not occur in a row: "response" or "instruction"; "" if both do."""
+        if not occurrences(ids, self.response):
+            return "response"
+        return "instruction" if self.instruction is not None and not occurrences(ids, self.instruction) else ""
+
+    def _not_found(self, kind: str, ids: Sequence[int], row: int) -> str:
+        template = self.response if kind == "response" else self.instruction or []
         text = self.tokenizer.decode(list(ids))
-        return DataError(
-            f"Row {row + 1}: the {kind} template {self.tokenizer.decode(template)!r} (ids {template}) does not occur in "
+        return (
+            f"Row {row + 1} of a batch: the {kind} template {self.tokenizer.decode(template)!r} (ids {template}) does not occur in "
             f"{text[:80] + '…' if len(text) > 80 else text!r}. A template may be tokenised differently within a text than "
-            f"alone: give the token ids that occur in the rows as {kind}_template."
+            f"alone: give the token ids that occur in the rows as {kind}_template. Or the row was cut before it: raise max_length."
         )
 
     def __call__(self, examples: Sequence[Mapping[str, Any] | Sequence[int]]) -> dict[str, Tensor]:
         """`input_ids`, `labels` and `attention_mask` [B, T], or `input_ids`, `labels`, `position_ids` [1, ΣT]."""
         rows = [list(e["input_ids"] if isinstance(e, Mapping) else e) for e in examples]
-        masked = [zip(ids, self.completion_mask(ids, row), strict=True) for row, ids in enumerate(rows)]
+        masked = [zip(ids, mask, strict=True) for ids, mask in zip(rows, self._masks(rows), strict=True)]
         labels = [[token if trained else self.ignore_index for token, trained in row] for row in masked]
         return self._flattened(rows, labels) if self.padding_free else self._padded(rows, labels)
 
