@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -156,8 +156,31 @@ class Spans:
         return replace(self, query_starts=function(self.query_starts), key_starts=function(self.key_starts), keys=keys)
 
 
+class RefusesKeys:
+    """Raises ConfigError in code that takes an object for a dict of tensors, as the data loaders of `transformers` return."""
+
+    __slots__ = ()
+    no_dict: ClassVar[str]
+    """What the object is, and what to do instead."""
+
+    def refuse_keys(self, *_: Any, **__: Any) -> NoReturn:
+        raise ConfigError(self.no_dict)
+
+    get = items = keys = setdefault = update = values = refuse_keys
+
+
+class ListNotDict(RefusesKeys, list):
+    """A list in place of the dict that the data loaders of `transformers` return."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.refuse_keys() if isinstance(index, str) else super().__getitem__(index)
+
+    def pop(self, *index: Any) -> Any:
+        return self.refuse_keys() if isinstance(next(iter(index), 0), str) else super().pop(*index)
+
+
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(RefusesKeys):
     """The tensors of one forward pass and its losses. Those that algorithms read do not depend on the layout.
 
     inputs      keyword arguments of the model's forward: `input_ids [B,T]`, `position_ids`, pixel values, …
@@ -176,6 +199,11 @@ class Batch:
     tokens      number of tokens without padding and repetitions, on the host
     """
 
+    no_dict: ClassVar[str] = (
+        "This is a `trl.Batch`, not a dict of input_ids and labels: a row may hold several sequences. For a loss of your own "
+        "override `loss(model, batch) -> (loss, metrics)`: `score(model, batch)` returns log-probabilities [N,C], and "
+        "`batch.inputs` are the arguments of the model's forward."
+    )
     inputs: dict[str, Tensor]
     predictor: Tensor
     position: Tensor
@@ -225,15 +253,7 @@ class Batch:
         """The batch with no token scored."""
         return replace(self, mask=self.mask * 0, scored=self.scored[:0])
 
-    def __getitem__(self, *_: Any) -> NoReturn:
-        """Raise ConfigError, for losses that were written for the batches of `transformers`."""
-        raise ConfigError(
-            "This is a `trl.Batch`, not a dict of input_ids and labels: a row may hold several sequences. For a loss of your own "
-            "override `loss(model, batch) -> (loss, metrics)`: `score(model, batch)` returns log-probabilities [N,C], and "
-            "`batch.inputs` are the arguments of the model's forward."
-        )
-
-    keys = get = pop = __getitem__
+    __contains__ = __delitem__ = __getitem__ = __iter__ = __setitem__ = pop = RefusesKeys.refuse_keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -16,7 +16,7 @@ from transformers import DataCollatorForSeq2Seq
 from trl.data.encode import decode
 from trl.data.multimodal import IMAGES
 from trl.errors import ConfigError, DataError
-from trl.types import Completion, Example
+from trl.types import Completion, Example, ListNotDict
 from trl.vision.processing import ImageProcessing
 
 logger = logging.getLogger(__name__)
@@ -52,9 +52,18 @@ def _check_rows(rows: Any, argument: str) -> None:
         )
 
 
+class Examples(ListNotDict):
+    """The examples of a batch of the data loader."""
+
+    no_dict: ClassVar[str] = (
+        "A batch of the data loader is a list of examples, not a dict of input_ids and labels: `trainer.preview()` shows them. "
+        "batch[0] has token ids in `prompt` and `completions[0].ids`, and in `completions[0].mask` which of these are trained on."
+    )
+
+
 def collate_examples(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
     """The examples of encoded rows; a packed row has several."""
-    return [example for row in rows for example in decode(row)]
+    return Examples(example for row in rows for example in decode(row))
 
 
 Collate = Callable[[Sequence[Mapping[str, Any]]], list[Example]]
@@ -71,7 +80,7 @@ class ImageCollator:
         self.processing = processing
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        return list(chain.from_iterable(map(self.examples, rows)))
+        return Examples(chain.from_iterable(map(self.examples, rows)))
 
     def examples(self, row: Mapping[str, Any]) -> list[Example]:
         """The examples of a row; the images of a packed row are distributed to its documents."""
@@ -89,6 +98,19 @@ class ImageCollator:
         return found
 
 
+def check_collator(data_collator: Callable | None, *, encoder_decoder: bool) -> Callable | None:
+    """The collator of a script; None for one that pads batches of encoder-decoders, since these are padded anyway.
+
+    Raises ConfigError for other collators of encoder-decoders: their batches do not tell prompts from completions.
+    """
+    if not encoder_decoder or data_collator is None or isinstance(data_collator, DataCollatorForSeq2Seq):
+        return None if encoder_decoder else data_collator
+    raise ConfigError(
+        f"data_collator is a {type(data_collator).__name__}, but batches for an encoder-decoder are made by the trainer: leave it "
+        "out. Rows with input_ids and labels need none."
+    )
+
+
 def examples_from(data_collator: Callable, images: ImageProcessing | None = None) -> Collate:
     """Make a function from rows to examples out of a user's collator: see `examples_of`.
 
@@ -102,7 +124,7 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
         if isinstance(rows[0], Mapping) and ENCODED & rows[0].keys():
             rows = [_labelled(example, always=pads_labels) for example in collate_examples(rows)]
         elif images is not None:
-            return [example for row in rows for example in _with_inputs(data_collator([row]), images)]
+            return Examples(example for row in rows for example in _with_inputs(data_collator([row]), images))
         batch = data_collator(rows)
         if images is None and isinstance(batch, Mapping) and "pixel_values" in batch:
             raise ConfigError(
@@ -110,7 +132,7 @@ def examples_from(data_collator: Callable, images: ImageProcessing | None = None
                 "not its tokenizer."
             )
         _say_unread(batch, said)
-        return examples_of(batch, source="data_collator")
+        return Examples(examples_of(batch, source="data_collator"))
 
     return collate
 
@@ -139,15 +161,34 @@ def _with_inputs(batch: Any, images: ImageProcessing) -> list[Example]:
     return [images.placed(example, given) for example in examples]
 
 
-def _labelled(example: Example, *, always: bool) -> dict[str, list[int]]:
-    """An example with one completion in the form that collators take: with labels if not all tokens are trained on, or
-    `always`."""
+class TokenizedRow(dict[str, list[int]]):
+    """A row of token ids in the form that collators take. Labels and mask can be read even if they are all ids and all 1."""
+
+    def __missing__(self, name: str) -> list[int]:
+        if name == "labels":
+            return list(self["input_ids"])
+        if name == "attention_mask":
+            return [1] * len(self["input_ids"])
+        raise KeyError(name)
+
+
+def _labelled(example: Example, *, always: bool) -> TokenizedRow:
+    """An example with one completion as a row: with labels if not all tokens are trained on, or `always`.
+
+    Raises ConfigError for an example that is more than tokens: pairs, and completions with a label or score.
+    """
+    if len(example.completions) != 1 or example.completions[0].signals:
+        raise ConfigError(
+            "A data_collator makes batches of tokens, but these rows are pairs, or have labels or scores of completions: leave it out. "
+            "The trainer pads by itself."
+        )
     ids, (completion,) = _flat(example), example.completions
     if not always and not example.prompt and completion.mask is None:
-        return {"input_ids": ids}
+        return TokenizedRow(input_ids=ids)
     mask = [1] * len(completion) if completion.mask is None else completion.mask
     trained = [0] * len(example.prompt) + list(mask)
-    return {"input_ids": ids, "labels": [i if kept else IGNORE for i, kept in zip(ids, trained, strict=True)]}
+    labels = [i if kept else IGNORE for i, kept in zip(ids, trained, strict=True)]
+    return TokenizedRow(input_ids=ids, labels=labels)
 
 
 def _flat(example: Example) -> list[int]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 from torch.utils.data import IterableDataset
+
+from trl.types import RefusesKeys
 
 
 class Repeated(dict):
@@ -34,8 +36,14 @@ class Filled(IterableDataset):
 
 
 @dataclass(frozen=True)
-class RowItems:
+class RowItems(RefusesKeys):
     """The items of a batch by row. Only the first `counted` rows count; the others are repetitions."""
+
+    no_dict: ClassVar[str] = (
+        "A batch of an evaluation is a `RowItems`, not a dict of input_ids and labels: its `rows` are lists of examples, with "
+        "token ids in `prompt` and `completions[0].ids`. For metrics of your own return them from `loss(model, batch)`."
+    )
+    __contains__ = __getitem__ = __iter__ = pop = RefusesKeys.refuse_keys
 
     rows: list[list[Any]]
     counted: int

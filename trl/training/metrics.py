@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
 
+from trl.errors import ConfigError
 from trl.types import Batch
 
 EXTREMES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -33,6 +34,25 @@ NOTHING = {torch.amin: torch.tensor(torch.inf).double(), torch.amax: torch.tenso
 
 Mark = tuple[dict[str, Tensor], dict[str, Tensor]]
 """A snapshot of a meter's sums and extremes."""
+
+
+class LossMetrics(dict[str, Tensor]):
+    """Metrics of one batch that `compute_loss` returns in place of the model's outputs, which are not kept.
+
+    Raises ConfigError (an AttributeError for attributes) in code that reads such outputs.
+    """
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise ConfigError(self._not_kept(name))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(self._not_kept(name))
+
+    def _not_kept(self, name: str) -> str:
+        return (
+            f"compute_loss returns the loss and the metrics {sorted(self)}, not the model's outputs: {name!r} is not among "
+            "them. For a loss of your own override `loss(model, batch) -> (loss, metrics)`."
+        )
 
 
 class Meter:

@@ -33,7 +33,7 @@ from trl.errors import ConfigError
 from trl.ops.reduce import WEIGHTS
 from trl.training.collectives import all_gather_object
 from trl.training.gradients import GradientCheck
-from trl.training.metrics import Meter
+from trl.training.metrics import LossMetrics, Meter
 from trl.training.nonfinite import (
     NonFiniteError,
     SkippedSteps,
@@ -275,7 +275,7 @@ class StepTrainer(ResumableTrainer):
         total = propagate_nonfinite((loss * inputs.weight).sum() * self.accelerator.num_processes)
         if self.term is not None:
             total = total + self.term.loss(recorded, inputs)
-        return (total, metrics) if return_outputs else total
+        return (total, LossMetrics(metrics)) if return_outputs else total
 
     def _check_shape(self, loss: Tensor, weight: Tensor) -> None:
         """Raises ConfigError for a loss that is already reduced, or whose shape would broadcast with the weights."""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trl.types import StepBatch
+from trl.types import ListNotDict, StepBatch
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,15 @@ class NextWindow:
     slots: int
     groups: list[list[int]]
     batches: list[Any]
+
+
+class MicroBatches(ListNotDict):
+    """The micro-batches of an accumulation step, which `training_step` gets."""
+
+    no_dict: ClassVar[str] = (
+        "The inputs of `training_step` are a list of micro-batches, not a dict of input_ids and labels. Each has `inputs`, the "
+        "arguments of the model's forward, and `mask` [N,C], which is 1 for the tokens that are trained on."
+    )
 
 
 class LossTerm(ABC):
@@ -73,9 +82,9 @@ def _even(order: list[int], count: int) -> list[list[int]]:
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
-def split_into_slots(batches: Sequence[StepBatch], slots: int) -> list[list[StepBatch]]:
+def split_into_slots(batches: Sequence[StepBatch], slots: int) -> list[MicroBatches]:
     """Distribute micro-batches, in order, over the `slots` accumulation steps of the training loop; each gets at least one."""
-    return [[batches[i] for i in part] for part in _even(list(range(len(batches))), slots)]
+    return [MicroBatches(batches[i] for i in part) for part in _even(list(range(len(batches))), slots)]
 
 
 def with_statistics(batches: Sequence[StepBatch], statistics: Mapping[str, Tensor]) -> list[StepBatch]:
