@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from trl.errors import ConfigError, suggest
@@ -249,6 +249,8 @@ HOOKS |= {
 }
 """Methods that trainers of other releases or `transformers.Trainer` call, but those of this release do not, and what to override
 or pass instead. `uncalled` of a trainer class adds its own."""
+ATTRIBUTES = dict.fromkeys(("_metrics", "_stored_metrics"), METRICS)
+"""Attributes that trainers of other releases have, and what to do instead of reading them."""
 SAMPLER = {
     "_get_train_sampler": (
         "Prompts are drawn in random order, or in that of the dataset with shuffle_dataset=False: set that, and sort the dataset."
@@ -281,7 +283,7 @@ def reject_unused_overrides(cls: type, hooks: Mapping[str, str]) -> None:
     """
     for name in sorted(HOOKS.keys() | hooks.keys()):
         owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-        if owner is not None and not (_is_known(owner) and _is_known(vars(owner)[name])):
+        if owner is not None and (_is_of_a_script(owner) or _is_of_a_script(vars(owner)[name])):
             reject_unused(cls, name, hooks)
 
 
@@ -291,9 +293,10 @@ def reject_unused(cls: type, name: str, hooks: Mapping[str, str]) -> None:
         raise ConfigError(f"{cls.__name__}.{name} would never be called by this release of TRL. {advice}")
 
 
-def _is_known(member: Any) -> bool:
-    """True for classes and functions of this package and of `transformers`."""
-    return getattr(member, "__module__", "").startswith(("transformers.", "trl."))
+def _is_of_a_script(found: Any) -> bool:
+    """Whether a class or function was written outside of `trl` and `transformers`; False for anything else."""
+    is_code = isinstance(found, type | FunctionType | MethodType)
+    return is_code and not found.__module__.startswith(("transformers.", "trl."))
 
 
 class LegacyImportFinder(MetaPathFinder, Loader):

@@ -16,6 +16,7 @@ import trl
 from tests.conftest import make_tokenizer
 from trl.compat import HOOKS
 from trl.errors import ConfigError
+from trl.trainers.base import BaseTrainer
 
 TRAINERS = [getattr(trl, name) for name in trl.__all__ if name.endswith("Trainer")]
 METHODS = {name for name, found in inspect.getmembers(Trainer, callable) if not hasattr(object, name)}
@@ -76,12 +77,31 @@ def test_every_trainer_refuses_what_none_calls(name):
             type("Mine", (trainer,), {name: lambda self, *_: None})
 
 
-def test_what_a_script_sets_on_a_class_or_a_trainer_is_refused_like_an_override(monkeypatch, make_model, tmp_path):
-    rows = Dataset.from_dict({"text": ["A fox.", "It runs."]})
-    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", html_report=False)
-    run = trl.SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=make_tokenizer())
-    with pytest.raises(ConfigError, match=r"SFTTrainer\.compute_ref_log_probs would never be called"):
-        run.compute_ref_log_probs = lambda batch: None
-    monkeypatch.setattr(trl.SFTTrainer, "_compute_loss", lambda self, *_: None, raising=False)
-    with pytest.raises(ConfigError, match=r"SFTTrainer\._compute_loss would never be called"):
-        trl.SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=make_tokenizer())
+def test_a_method_that_a_script_sets_on_a_trainer_is_refused(make_model, tmp_path, monkeypatch):
+    args = trl.DPOConfig(output_dir=str(tmp_path), report_to=[], bf16=False, html_report=False, max_steps=1)
+    rows = Dataset.from_dict({"prompt": ["Why"] * 4, "chosen": [" so"] * 4, "rejected": [" no"] * 4})
+    make = functools.partial(trl.DPOTrainer, make_model("llama"), None, args, None, rows, None, make_tokenizer())
+    trainer = make()
+    with pytest.raises(AttributeError, match=r"DPOTrainer\.tokenize_row is of another release"):
+        trainer.tokenize_row({})
+    with pytest.raises(AttributeError, match="has no attribute 'tokenise_row'"):
+        trainer.tokenise_row({})
+    with pytest.raises(ConfigError, match=r"DPOTrainer\.dpo_loss would never be called"):
+        trainer.dpo_loss = lambda *_: None
+    monkeypatch.setattr(trl.DPOTrainer, "concatenated_forward", lambda *_: None, raising=False)
+    with pytest.raises(ConfigError, match=r"DPOTrainer\.concatenated_forward would never be called"):
+        make()
+
+
+OTHER_ARGUMENTS = {"create_model_card", "push_to_hub", "_get_dataloader", "_init_training_state"}
+"""Methods of trainers that have arguments of their own."""
+
+
+@pytest.mark.parametrize("trainer", [trainer for trainer in TRAINERS if issubclass(trainer, BaseTrainer)])
+def test_overrides_may_pass_on_positional_arguments(trainer):
+    for name in METHODS - OTHER_ARGUMENTS:
+        function, plain = getattr(trainer, name), getattr(Trainer, name)
+        if inspect.isfunction(plain) and function.__module__.startswith("trl."):
+            kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            count = sum(parameter.kind in kinds for parameter in inspect.signature(plain).parameters.values())
+            inspect.signature(function).bind(*range(count))

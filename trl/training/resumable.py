@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import IterableDataset
 from peft import PeftModel
@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl.compat import reject_unused, reject_unused_overrides
+from trl.compat import ATTRIBUTES, HOOKS, reject_unused, reject_unused_overrides
 from trl.data.examples import Endless
 from trl.models.files import follow_umask
 from trl.models.reference import Reference
@@ -80,6 +80,14 @@ class ResumableTrainer(Trainer):
         self._resumed_from: str | None = None
         self._nonfinite_at_first: frozenset[str] = frozenset()
         self._resumed_loss: Mapping[str, Any] | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Raises AttributeError, with what to do instead, for a method or attribute that trainers of other releases have."""
+            if advice := (HOOKS | ATTRIBUTES).get(name):
+                raise AttributeError(f"{type(self).__name__}.{name} is of another release of TRL. {advice}")
+            return object.__getattribute__(self, name)  # a property: raises the AttributeError from inside it
 
     @property
     def is_sharded(self) -> bool:
