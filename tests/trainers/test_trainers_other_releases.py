@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 
 import numpy as np
@@ -43,9 +44,11 @@ from trl import (
 )
 from trl.cli.fields import options_in_source
 from trl.cli.parser import OptionParser
-from trl.data.examples import examples_from
+from trl.data.examples import TokenizedRow, examples_from
 from trl.errors import ConfigError, DataError
 from trl.trainers.kto import mismatched
+from trl.trainers.options import resolve_args
+from trl.trainers.sft import formatted
 
 TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs far.", "No.", "It is late now."] * 2})
 PAIRS = Dataset.from_dict({"prompt": ["Why", "How"] * 4, "chosen": [" so", " it is"] * 4, "rejected": [" no"] * 8})
@@ -90,6 +93,18 @@ def test_an_evaluation_asks_a_compute_loss_of_ones_own(make_model, tmp_path, siz
     plain, own = found[SFTTrainer], found[TwicePlusOne]
     assert own["eval_loss"] == pytest.approx(2 * plain["eval_loss"] + 1, rel=1e-6)
     assert own["eval_entropy"] == pytest.approx(plain["eval_entropy"])
+
+
+def test_an_evaluation_asks_a_compute_loss_that_a_script_set(make_model, tmp_path):
+    run = made(SFTTrainer, make_model("llama"), TEXTS, tmp_path, given={"eval_dataset": TEXTS})
+    plain, before = run.compute_loss, run.evaluate()["eval_loss"]
+
+    def doubled(model, inputs, return_outputs=False, **_):
+        loss, metrics = plain(model, inputs, return_outputs=True)
+        return (2 * loss, metrics) if return_outputs else 2 * loss
+
+    run.compute_loss = doubled
+    assert run.evaluate()["eval_loss"] == pytest.approx(2 * before, rel=1e-6)
 
 
 def test_a_compute_loss_that_gives_no_metrics_is_named(make_model, tmp_path):
@@ -527,3 +542,155 @@ def test_the_loss_in_chunks_is_the_loss(make_model, tmp_path):
         for name in ("nll", "chunked_nll")
     ]
     assert found[0]["eval_loss"] == found[1]["eval_loss"]
+
+
+# ---- what scripts ask before they call, and read from batches ----
+
+
+@pytest.mark.parametrize("trainer", [SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer, GRPOTrainer, trl.PPOTrainer])
+def test_a_signature_lists_the_arguments(trainer):
+    listed = inspect.signature(trainer.__init__).parameters
+    assert {"peft_config", "callbacks", "optimizers", "processing_class", "args", "keywords"} <= listed.keys()
+    assert not {"max_seq_length", "dataset_text_field", "packing"} & listed.keys()
+
+
+def test_a_trainer_of_ones_own_has_the_signature_that_it_says():
+    class Mine(SFTTrainer):
+        def __init__(self, alpha, **others):
+            super().__init__(**others)
+
+    assert list(inspect.signature(Mine).parameters) == ["alpha", "others"]
+
+
+def test_options_that_a_script_adds_to_plain_arguments_count(tmp_path):
+    @dataclasses.dataclass
+    class Mine(TrainingArguments):
+        max_seq_length: int = 9
+        packing: bool = None
+        cache_dir: str = "x"
+
+    args = Mine(output_dir=str(tmp_path), report_to=[], bf16=False)
+    args.truncation_mode = "keep_end"
+    found = resolve_args(SFTConfig, args, {}, trainer="SFTTrainer")
+    assert (found.max_length, found.truncation_mode, found.packing) == (9, "keep_end", False)
+    assert resolve_args(SFTConfig, args, {"max_seq_length": 7}, trainer="SFTTrainer").max_length == 7
+
+
+READS = {
+    "an item": lambda batch: batch["labels"],
+    "get": lambda batch: batch.get("labels"),
+    "items": lambda batch: {name: value.cpu() for name, value in batch.items()},
+    "keywords": lambda batch: dict(**batch),
+    "pop": lambda batch: batch.pop("labels"),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+def test_a_batch_says_that_it_is_no_dict(make_model, tmp_path, read):
+    run = made(SFTTrainer, make_model("llama"), TEXTS, tmp_path)
+    batch = next(iter(run.get_train_dataloader()))
+    slots = run.micro_batches(batch)
+    rows = next(iter(run.get_eval_dataloader(run.train_dataset)))
+    for given, words in (
+        (batch, "preview"),
+        (slots[0], "micro-batches"),
+        (slots[0][0], "trl.Batch"),
+        (rows, "RowItems"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(given)
+
+
+def test_a_batch_takes_no_items(make_model, tmp_path):
+    run = made(SFTTrainer, make_model("llama"), TEXTS, tmp_path)
+    batch = run.collate(run.data_collator(list(run.train_dataset)))
+    with pytest.raises(ConfigError, match=r"trl\.Batch"):
+        batch["use_cache"] = False
+    with pytest.raises(ConfigError, match=r"trl\.Batch"):
+        _ = "labels" in batch
+
+
+def test_outputs_that_a_compute_loss_does_not_return_are_named(make_model, tmp_path):
+    run = made(SFTTrainer, make_model("llama"), TEXTS, tmp_path)
+    ((batch,),) = run.micro_batches(run.data_collator(list(run.train_dataset)))
+    _, found = run.compute_loss(run.model, batch, return_outputs=True)
+    with pytest.raises(AttributeError, match=r"'entropy', .*'logits' is not among them"):
+        _ = found.logits
+    with pytest.raises(ConfigError, match="'logits' is not among them"):
+        _ = found["logits"]
+
+
+@pytest.mark.parametrize(("trainer", "rows"), [(DPOTrainer, PAIRS), (KTOTrainer, LABELLED)])
+def test_a_collator_of_tokens_is_not_for_pairs_or_labels(make_model, tmp_path, trainer, rows):
+    given = {"data_collator": DataCollatorForSeq2Seq(make_tokenizer())}
+    with pytest.raises(ConfigError, match="A data_collator makes batches of tokens"):
+        made(trainer, make_model("llama"), rows, tmp_path, given=given).train()
+
+
+def test_a_collator_of_an_encoder_decoder_is_padding_alone(make_model, tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 4]], "labels": [[7, 2], [9, 2]]})
+    found = {}
+    for name, collator in {"none": None, "padding": DataCollatorForSeq2Seq(make_tokenizer())}.items():
+        run = made(SFTTrainer, make_model("t5"), rows, tmp_path, given={"data_collator": collator})
+        found[name] = run.data_collator(list(run.train_dataset))
+    assert found["none"] == found["padding"]
+    assert found["none"][0].prompt == [5, 6, 7]
+    with pytest.raises(ConfigError, match="data_collator is a function, but batches for an encoder-decoder"):
+        made(SFTTrainer, make_model("t5"), rows, tmp_path, given={"data_collator": lambda rows: rows})
+
+
+def stacked(rows):
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "attention_mask", "labels")}
+
+
+@pytest.mark.parametrize("skipped", [{}, {"dataset_kwargs": {"skip_prepare_dataset": True}}])
+def test_a_collator_may_read_what_the_rows_of_token_ids_have(make_model, tmp_path, skipped):
+    ids = [[5, 6, 7, 2], [8, 9, 4, 2]]
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 4] * 2, "labels": ids})
+    run = made(SFTTrainer, make_model("llama"), rows, tmp_path, given={"data_collator": stacked}, **skipped)
+    assert [example.completions[0].ids for example in run.data_collator(list(run.train_dataset))] == ids
+    with pytest.raises(KeyError):
+        TokenizedRow(input_ids=ids[0])["completion_mask"]
+
+
+def test_options_of_offline_trainers_are_read_and_not_set(make_model, tmp_path):
+    run = made(DPOTrainer, make_model("llama"), PAIRS, tmp_path, max_length=64)
+    assert (run.beta, run.max_length, hasattr(run, "packing")) == (0.1, 64, False)
+    run.beta = 0.1
+    with pytest.raises(ConfigError, match=r"DPOTrainer\.beta cannot be set.*Set beta=5\.0 in DPOConfig"):
+        run.beta = 5.0
+    with pytest.raises(AttributeError, match=r"DPOTrainer\._metrics is of another release"):
+        run._metrics["train"]["loss"].append(1.0)
+
+
+def test_a_trainer_with_a_loss_of_its_own_has_options_of_its_own(make_model, tmp_path):
+    class Mine(DPOTrainer):
+        def __init__(self, *arguments, beta, **others):
+            super().__init__(*arguments, **others)
+            self.beta = beta
+
+        def loss(self, model, batch):
+            return super().loss(model, batch)
+
+    assert made(Mine, make_model("llama"), PAIRS, tmp_path, given={"beta": 7.0}).beta == 7.0
+
+
+FORMATS = {
+    "a text of a row": lambda row: f"Q: {row['text']}",
+    "a text of a row in a list": lambda row: [f"Q: {row['text']}"],
+    "texts of a batch": lambda batch: [f"Q: {text}" for text in batch["text"]],
+    "texts by number": lambda batch: [f"Q: {batch['text'][i]}" for i in range(len(batch["text"]))],
+    "a list that fails on a batch": lambda row: ["Q: " + row["text"]],
+}
+
+
+@pytest.mark.parametrize("function", FORMATS.values(), ids=FORMATS.keys())
+def test_a_formatting_function_makes_a_text_of_each_row(function):
+    found = formatted(TEXTS, function, "text")
+    assert found["text"][:] == [f"Q: {text}" for text in TEXTS["text"]]
+
+
+@pytest.mark.parametrize("made_of_row", [{"text": "x"}, [{"role": "user", "content": "x"}], 3])
+def test_a_formatting_function_that_makes_no_text_is_named(made_of_row):
+    with pytest.raises(DataError, match=r"formatting_func returned a.* for row 1: it has to return a str"):
+        formatted(TEXTS, lambda row: made_of_row, "text")

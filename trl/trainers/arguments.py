@@ -1,7 +1,8 @@
-"""Types of the keyword arguments that trainers pass on, for type checkers and editors."""
+"""Types of the keyword arguments that trainers pass on, for type checkers, editors and `inspect.signature`."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -104,3 +105,22 @@ class PPOKeywords(ClassicOptions, total=False):
     peft_config: Any
     algorithm: Algorithm | None
     engine: RolloutEngine | None
+
+
+OLDER = {*ClassicOptions.__annotations__, "tokenizer"}
+"""Keywords that the signature of a trainer does not list: options, and the older name of an argument."""
+
+
+def list_keywords(init: Callable[..., None]) -> None:
+    """List in the signature of a trainer's constructor the arguments that its `**keywords` stand for.
+
+    Scripts for several releases ask the signature which arguments there are, and drop the others.
+    """
+    signature = inspect.signature(init)
+    *own, rest = signature.parameters.values()
+    if rest.kind is not rest.VAR_KEYWORD or not str(rest.annotation).startswith("Unpack["):
+        return
+    types = globals()[rest.annotation.removeprefix("Unpack[").removesuffix("]")].__annotations__
+    names = [name for name in types if name not in OLDER | signature.parameters.keys()]
+    listed = [inspect.Parameter(name, rest.KEYWORD_ONLY, default=None, annotation=types[name]) for name in names]
+    init.__signature__ = signature.replace(parameters=[*own, *listed, rest])  # type: ignore[attr-defined]

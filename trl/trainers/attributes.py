@@ -1,6 +1,6 @@
-"""Attributes that scripts for other releases read from an online trainer: its options by name, and its reward functions.
+"""Attributes that scripts for other releases read from a trainer: its options by name, and its reward functions.
 
-trainer.num_generations          trainer.args.num_generations
+trainer.beta                     trainer.args.beta
 trainer.reward_weights           a tensor, [functions]
 trainer.reward_funcs = [short]   rewards the rollout batches that follow
 """
@@ -41,11 +41,11 @@ class Option:
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
         if trainer is None:
             return self
+        if self.name in vars(trainer):
+            return vars(trainer)[self.name]
         if self._is_in(trainer):
             value = getattr(trainer.args, self.option)
             return getattr(trainer.args, self.otherwise) if value is None and self.otherwise else value
-        if self.name in vars(trainer):
-            return vars(trainer)[self.name]
         raise AttributeError(
             f"{type(trainer).__name__} has no attribute {self.name!r}, nor its configuration an option."
         )
@@ -88,6 +88,47 @@ class Unread:
                 f"{type(trainer).__name__}.{self.name} cannot be set: nothing would read it. {self.advice}"
             )
         vars(trainer)[self.name] = value
+
+
+class LossOption(Option):
+    """An option that a trainer with a loss of its own may set to a value of its own, which that loss reads."""
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        if type(trainer).loss.__module__.startswith("trl."):
+            super().__set__(trainer, value)
+        else:
+            vars(trainer)[self.name] = value
+
+
+class OfflineAttributes:
+    """Attributes of offline trainers. Reading one whose option the configuration lacks raises AttributeError."""
+
+    args: Any
+
+    beta = LossOption()
+    center_rewards_coefficient = LossOption()
+    completion_only_loss = LossOption()
+    cpo_alpha = LossOption()
+    dataset_num_proc = LossOption()
+    dataset_text_field = LossOption()
+    desirable_weight = LossOption()
+    f_divergence_type = LossOption()
+    label_smoothing = LossOption()
+    ld_alpha = LossOption()
+    loss_type = LossOption()
+    loss_weights = LossOption()
+    max_length = LossOption()
+    max_prompt_length = LossOption()
+    max_seq_length = LossOption("max_length")
+    model_adapter_name = LossOption()
+    packing = LossOption()
+    padding_free = LossOption()
+    precompute_ref_log_probs = LossOption()
+    ref_adapter_name = LossOption()
+    simpo_gamma = LossOption()
+    truncation_mode = LossOption()
+    undesirable_weight = LossOption()
+    use_weighting = LossOption()
 
 
 class OnlineAttributes:

@@ -36,6 +36,7 @@ from trl.data.encode import Encoded, EncodeSettings, encode_dataset, first_rows,
 from trl.data.examples import (
     ENCODED,
     ImageCollator,
+    check_collator,
     check_datasets,
     collate_examples,
     columns_of,
@@ -69,7 +70,7 @@ from trl.models.score import networks_of, prepare_scoring, unwrap
 from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.noise import without_noise, without_warnings
-from trl.trainers.arguments import ClassicOptions, EvalRows, Rows
+from trl.trainers.arguments import ClassicOptions, EvalRows, Rows, list_keywords
 from trl.trainers.config import TrainerConfig
 from trl.trainers.heaviest import row_positions
 from trl.trainers.layers import RunsLayers
@@ -113,6 +114,11 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            list_keywords(vars(cls)["__init__"])
+
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
@@ -140,6 +146,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
         added = take_chat_template(self.args, inner, self.tokenizer)
         if isinstance(self._adapted(), PeftModel):
             self._train_new_tokens(added, has_new_adapter=peft_config is not None)
+        data_collator = check_collator(data_collator, encoder_decoder=inner.config.is_encoder_decoder)
         self.has_own_collator = data_collator is not None
         self._prepare_images()
         collate = collate_examples if self.images is None else ImageCollator(self.images)

@@ -33,14 +33,25 @@ def resolve_args(
         return config_class(**{**_folder_of(model, trainer), **options})
     _check_class(config_class, args, trainer)
     if not isinstance(args, config_class):
-        fields = {f.name for f in settable(config_class) if f.init}
-        shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in fields}
-        return config_class(**{**shared, **options})
+        return config_class(**{**_shared_options(config_class, args), **options})
     args = copy.copy(args)
     for name, value in options.items():
         setattr(args, name, value)
     args.check_values()
     return args
+
+
+def _shared_options(config_class: type[TrainerConfig], args: TrainingArguments) -> dict[str, Any]:
+    """The options of plain `TrainingArguments`, with those of `config_class` that a script added to them, if not None.
+
+    They may be fields of a subclass or set as attributes, and have their older names.
+    """
+    names = {f.name for f in settable(config_class) if f.init}
+    plain = {f.name for f in dataclasses.fields(TrainingArguments)}
+    own = {name: getattr(args, name) for name in plain & names}
+    added = {*names, *config_class.ALIASES} - plain
+    given = {name: value for name, value in vars(args).items() if name in added and value is not None}
+    return {**own, **config_class.translated(given)}
 
 
 def _check_class(config_class: type[TrainerConfig], args: Any, trainer: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainingArguments
 
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
+from trl.trainers.attributes import OfflineAttributes
 from trl.trainers.base import BaseTrainer
 from trl.training.collectives import all_gather_object
 from trl.types import Example, Metrics
@@ -22,7 +23,7 @@ from trl.types import Example, Metrics
 ComputeMetrics = Callable[[EvalPrediction], dict[str, float]]
 
 
-class PredictsRewards(BaseTrainer):
+class PredictsRewards(OfflineAttributes, BaseTrainer):
     """A trainer that passes the rewards of an evaluation to `compute_metrics`, and returns them from `predict`."""
 
     def __init__(

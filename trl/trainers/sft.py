@@ -7,7 +7,7 @@ SFTTrainer("facebook/opt-350m", train_dataset=dataset, dataset_text_field="text"
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Unpack
 
@@ -16,7 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from trl.algorithms import sft
 from trl.data.encode import EncodeSettings
-from trl.data.examples import collate_examples, columns_of
+from trl.data.examples import columns_of
 from trl.data.layout import lay_out
 from trl.data.listed import ListedRows
 from trl.data.packing import pack_examples
@@ -26,6 +26,7 @@ from trl.models.layouts import why_not
 from trl.models.load import load_processor
 from trl.models.score import score, unwrap
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
+from trl.trainers.attributes import OfflineAttributes
 from trl.trainers.base import BaseTrainer
 from trl.trainers.config import TrainerConfig
 from trl.trainers.eval_samples import EvalSamplesOptions, add_eval_samples
@@ -91,7 +92,7 @@ class SFTConfig(EvalSamplesOptions, TrainerConfig):
             raise ConfigError("packing=True needs max_length, the number of tokens in a packed row.")
 
 
-class SFTTrainer(BaseTrainer):
+class SFTTrainer(OfflineAttributes, BaseTrainer):
     """Fine-tune a causal or encoder-decoder language model on texts, chats, or prompts with completions.
 
     formatting_func                 makes the text of a row from its columns: `(row) -> str`
@@ -170,8 +171,8 @@ class SFTTrainer(BaseTrainer):
         return rows if as_they_are else super().in_known_columns(rows)
 
     def encode(self, rows: Rows, split: str, name: str) -> Rows:
-        if self.leaves_rows and "input_ids" not in columns_of(rows):
-            if self.to_examples is collate_examples:
+        if self.leaves_rows and (self.has_own_collator or "input_ids" not in columns_of(rows)):
+            if not self.has_own_collator:
                 raise ConfigError(
                     'dataset_kwargs={"skip_prepare_dataset": True} does not tokenize rows, and these have no input_ids: '
                     "give a data_collator that tokenizes them, or leave it out."
@@ -255,16 +256,33 @@ class SFTTrainer(BaseTrainer):
 def formatted(rows: Rows, function: Callable[[dict], str | list[str]], text_field: str) -> Rows:
     """Map `function` over the rows, and store the texts that it returns in the column `text_field`.
 
-    A function may take a row and return a str, or, as in older scripts, take a batch of columns and return a list. Calling
-    it on the first row tells which: a list or an exception means that it takes batches.
+    A function may take a row and return a str, or a list with one, or, as in older scripts, take a batch of columns and return
+    a list. Calling it on the first row tells which: several texts or an exception mean that it takes batches.
     """
     first = next(iter(rows))
     try:
-        made = function(first)
+        made = function(dict(first))
     except Exception as error:  # a function for batches may fail in any way on a single row
         made = error
-    if isinstance(made, str):
-        return rows.map(lambda row: {text_field: function(row)}, remove_columns=list(first))
-    if isinstance(made, Exception | list):
+    if isinstance(made, Exception) or (isinstance(made, list) and not _makes_one_text(function, first, made)):
         return rows.map(lambda batch: {text_field: function(batch)}, batched=True, remove_columns=list(first))
-    raise DataError(f"formatting_func returned a {type(made).__name__} for row 1: it has to return a str.")
+    text = _text_of(made)
+    if not isinstance(text, str):
+        inside = "a list with " if isinstance(made, list) else ""
+        raise DataError(f"formatting_func returned {inside}a {type(text).__name__} for row 1: it has to return a str.")
+    return rows.map(lambda row: {text_field: _text_of(function(row))}, remove_columns=list(first))
+
+
+def _makes_one_text(function: Callable[[dict], str | list[str]], row: Mapping[str, Any], made: list[str]) -> bool:
+    """Whether a function that `made` a list of a row takes rows: it makes one text of two rows as well, or fails on them."""
+    if len(made) != 1:
+        return False
+    try:
+        return len(function({name: [value, value] for name, value in row.items()})) == 1
+    except Exception:  # a function for rows may fail in any way on a batch
+        return True
+
+
+def _text_of(made: str | list[str]) -> str:
+    """A text that may be the only one in a list."""
+    return made[0] if isinstance(made, list) else made
