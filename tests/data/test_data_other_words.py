@@ -289,6 +289,18 @@ def test_columns_that_nothing_reads_are_said(caplog):
     assert "dataset_text_field='body' is not a column of 'train': the columns ['messages'] are used" in caplog.text
 
 
+def test_a_text_beside_rows_of_another_kind_is_said(caplog):
+    texts = {"text": ["Q: hi A: yo"] * 2}
+    pairs = {"prompt": ["hi"] * 2, "completion": [" yo"] * 2}
+    settings = EncodeSettings(kind=("dialogue", "language_modeling", "prompt_completion", "tokenized"))
+    encode_dataset(Dataset.from_dict({**pairs, **texts}), tokenizer("qwen2"), settings=settings)
+    assert "The column 'text' of 'train' is not trained on, since the rows also have prompt, completion." in caplog.text
+    caplog.clear()
+    for rows in (texts, {"input_ids": [[5, 6]] * 2, **texts}):
+        encode_dataset(Dataset.from_dict(rows), tokenizer("qwen2"), settings=settings)
+    assert "not trained on" not in caplog.text
+
+
 # ---- what stands twice, or otherwise ----
 
 

@@ -184,8 +184,17 @@ def encode_dataset(
 
 
 def _say_unread(columns: Sequence[str], encoder: RowEncoder, name: str) -> None:
-    """Warn if the column `dataset_text_field` does not exist, and of unused columns whose names look like typing errors."""
+    """Warn if the column `dataset_text_field` does not exist or is not used, and of unused columns that look like typing errors."""
     field = encoder.settings.text_field
+    if (
+        field in encoder.unread
+        and "language_modeling" in (encoder.settings.kinds or ())
+        and encoder.kind != "tokenized"
+    ):
+        logger.warning(
+            f"The column {field!r} of {name!r} is not trained on, since the rows also have {', '.join(encoder.columns)}. To train on "
+            f"it, remove the other columns: dataset.select_columns([{field!r}])."
+        )
     if field != TEXT and field not in columns and encoder.kind != "tokenized":
         logger.warning(
             f"dataset_text_field={field!r} is not a column of {name!r}: the columns {list(encoder.columns)} are used instead."

@@ -123,4 +123,4 @@ def list_keywords(init: Callable[..., None]) -> None:
     types = globals()[rest.annotation.removeprefix("Unpack[").removesuffix("]")].__annotations__
     names = [name for name in types if name not in OLDER | signature.parameters.keys()]
     listed = [inspect.Parameter(name, rest.KEYWORD_ONLY, default=None, annotation=types[name]) for name in names]
-    init.__signature__ = signature.replace(parameters=[*own, *listed, rest])  # type: ignore[attr-defined]
+    init.__signature__ = signature.replace(parameters=[*own, *listed, rest])
