@@ -694,3 +694,19 @@ def test_a_formatting_function_makes_a_text_of_each_row(function):
 def test_a_formatting_function_that_makes_no_text_is_named(made_of_row):
     with pytest.raises(DataError, match=r"formatting_func returned a.* for row 1: it has to return a str"):
         formatted(TEXTS, lambda row: made_of_row, "text")
+
+
+def test_a_loss_of_a_model_that_is_not_used_is_said(make_model, tmp_path, caplog):
+    model = make_model("llama")
+    made(SFTTrainer, model, TEXTS, tmp_path)
+    assert "of your own" not in caplog.text
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+
+    class Mine(type(model)):
+        def forward(self, *arguments, **keywords):
+            return super().forward(*arguments, **keywords)
+
+    model.__class__ = Mine
+    made(SFTTrainer, model, TEXTS, tmp_path)
+    for name in ("forward", "loss_function"):
+        assert f"Mine.{name} is of your own: a loss that it computes is not used" in caplog.text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,26 @@ def keep_own_loss(model: torch.nn.Module) -> None:
     for module in model.modules():
         if "_unsloth_cpu_chunked_ce" in vars(module):
             module._unsloth_cpu_chunked_ce = False
+
+
+def warn_of_own_loss(model: torch.nn.Module) -> None:
+    """Warn of a model whose forward or `loss_function` is of a script: a loss that it computes is not used."""
+    own = {"forward": type(model).forward, "loss_function": vars(model).get("_loss_function")}
+    for name, function in own.items():
+        if function is not None and _is_of_a_script(function):
+            logger.warning(
+                f"{type(model).__name__}.{name} is of your own: a loss that it computes is not used, since trainers compute it from the "
+                "model's logits. For another loss override `loss(model, batch)` of the trainer."
+            )
+
+
+def _is_of_a_script(function: Callable) -> bool:
+    """Whether a function is neither of an installed package nor of code that came with a model."""
+    package, _, _ = function.__module__.partition(".")
+    file = getattr(sys.modules.get(function.__module__), "__file__", None) or ""
+    return package not in ("transformers_modules", "trl") and not {"site-packages", "dist-packages"} & {
+        *Path(file).parts
+    }
 
 
 def _dtype(name: Any) -> torch.dtype:

@@ -23,7 +23,7 @@ from trl.data.packing import pack_examples
 from trl.errors import ConfigError, DataError
 from trl.models.adapters import prompt_adapter
 from trl.models.layouts import why_not
-from trl.models.load import load_processor
+from trl.models.load import load_processor, warn_of_own_loss
 from trl.models.score import score, unwrap
 from trl.trainers.arguments import EvalRows, Rows, TrainerKeywords
 from trl.trainers.attributes import OfflineAttributes
@@ -215,6 +215,7 @@ class SFTTrainer(OfflineAttributes, BaseTrainer):
         return self.args.packing if split == "train" else evaluation
 
     def prepare_model(self) -> None:
+        warn_of_own_loss(unwrap(self.model))
         super().prepare_model()
         if not (self.args.packing or self.args.padding_free):
             if self.args.neftune_noise_alpha is not None and self.args.layout == "auto":
