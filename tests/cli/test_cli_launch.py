@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import is_deepspeed_available
 
 from trl.cli.commands import methods
-from trl.cli.launch import SHIPPED, check_devices, find_config, needs_launcher
+from trl.cli.launch import LAUNCHED, SHIPPED, check_devices, find_config, needs_launcher
 from trl.cli.main import main
 from trl.errors import ConfigError
 
@@ -37,8 +37,9 @@ def test_one_process_needs_no_launcher(words, launched, parse):
     assert needs_launcher(parse(*words)) is launched
 
 
-def test_a_process_that_was_launched_launches_none(parse, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+@pytest.mark.parametrize("name", ["LOCAL_RANK", LAUNCHED])
+def test_a_process_that_was_launched_launches_none(parse, monkeypatch, name):
+    monkeypatch.setenv(name, "0")
     assert not needs_launcher(parse("--num_processes", "2"))
 
 
@@ -73,6 +74,23 @@ def test_refused(words, message, capsys, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert main(["sft", "--dataset_name", "imdb", "--model_name_or_path", "gpt2", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_for_one_process_launches_one(tmp_path):
+    """Accelerate starts a single process without torchrun; the process fails, since there is no such dataset."""
+    (tmp_path / "one.yaml").write_text("distributed_type: 'NO'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n")
+    words = ["--accelerate_config", str(tmp_path / "one.yaml"), "--model_name_or_path", str(tmp_path / "none")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "trl", "sft", *words, "--dataset_name", str(tmp_path / "none.jsonl")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("trl: error:") == 1
+    assert "Traceback" not in ended.stderr
 
 
 def test_devices_are_counted(monkeypatch):

@@ -10,6 +10,7 @@ With one process, training runs in the current process, without a launcher.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,9 @@ from trl.imports import check_available
 from trl.option_bounds import check_bounds
 
 SHIPPED = Path(__file__).parent.parent / "accelerate_configs"
+
+LAUNCHED = "TRL_LAUNCHED"
+"""Environment variable of processes that a launcher started. `LOCAL_RANK` is not set by accelerate if there is only one."""
 
 OLDER_NAMES = {"single_gpu": "single", "multi_gpu": "ddp"}
 
@@ -61,7 +65,7 @@ def needs_launcher(given: ParsedOptions) -> bool:
         raise ConfigError(
             f"accelerate_config='single' means one process, but num_processes={count}: leave one of them out."
         )
-    if "LOCAL_RANK" in os.environ:  # this process was started by the launcher
+    if {"LOCAL_RANK", LAUNCHED} & os.environ.keys():  # this process was started by the launcher
         return False
     return count > 1 or config not in (None, "single")
 
@@ -90,7 +94,7 @@ def launch(given: ParsedOptions, words: Sequence[str]) -> int:
     check_devices(name, arguments.num_processes, devices)
     count = arguments.num_processes or (devices if config.parent == SHIPPED else None)
     processes = ["--num_processes", str(count)] if count else []
-    with _signals_passed_on() as received:
+    with _signals_passed_on() as received, _marking_processes():
         failed = _run(["--config_file", str(config), *processes, "--module", "trl", *words])
     return 128 + received[0] if received else int(failed)
 
@@ -120,7 +124,19 @@ def _run(words: Sequence[str]) -> bool:
         rank, failure = error.get_first_failure()
         print(f"trl: error: process {rank} ended with status {failure.exitcode}.", file=sys.stderr)
         return True
+    except subprocess.CalledProcessError:  # of the only process
+        return True
     return False
+
+
+@contextmanager
+def _marking_processes() -> Iterator[None]:
+    """Set `LAUNCHED` in the environment of processes that are started meanwhile."""
+    os.environ[LAUNCHED] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHED]
 
 
 @contextmanager
