@@ -46,6 +46,7 @@ from trl.cli.fields import options_in_source
 from trl.cli.parser import OptionParser
 from trl.data.examples import TokenizedRow, examples_from
 from trl.errors import ConfigError, DataError
+from trl.trainers.heaviest import row_positions
 from trl.trainers.kto import mismatched
 from trl.trainers.options import resolve_args
 from trl.trainers.sft import formatted
@@ -534,6 +535,8 @@ def test_rows_that_replace_those_of_a_trainer_are_encoded(make_model, tmp_path, 
     run.train_dataset = rows
     with pytest.raises(DataError, match="not encoded"):
         run.train()
+    with pytest.raises(DataError, match="not encoded"):  # on a GPU, lengths are read before the first step
+        row_positions(rows)
 
 
 def test_the_loss_in_chunks_is_the_loss(make_model, tmp_path):
@@ -613,7 +616,7 @@ def test_a_batch_takes_no_items(make_model, tmp_path):
 def test_outputs_that_a_compute_loss_does_not_return_are_named(make_model, tmp_path):
     run = made(SFTTrainer, make_model("llama"), TEXTS, tmp_path)
     ((batch,),) = run.micro_batches(run.data_collator(list(run.train_dataset)))
-    _, found = run.compute_loss(run.model, batch, return_outputs=True)
+    _, found = run.compute_loss(run.model, batch.to(run.args.device), return_outputs=True)
     with pytest.raises(AttributeError, match=r"'entropy', .*'logits' is not among them"):
         _ = found.logits
     with pytest.raises(ConfigError, match="'logits' is not among them"):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -316,6 +316,14 @@ def nothing_left(counts: pa.Table, settings: EncodeSettings, report: EncodingRep
     )
 
 
+def not_encoded(columns: Iterable[str]) -> DataError:
+    """The error for rows with these columns, where a trainer reads encoded rows."""
+    return DataError(
+        f"This row is not encoded: it has the columns {', '.join(columns)}. A trainer encodes the rows that it is made with; "
+        "a dataset that replaces trainer.train_dataset later needs the columns of the dataset that it replaces."
+    )
+
+
 def decode(row: Mapping[str, Any]) -> list[Example]:
     """Convert an encoded row to Examples: one per row, or one per document of a packed row.
 
@@ -325,10 +333,7 @@ def decode(row: Mapping[str, Any]) -> list[Example]:
     if "seq_lengths" in row:
         return _documents(row)
     if "prompt_ids" not in row:
-        raise DataError(
-            f"This row is not encoded: it has the columns {', '.join(row)}. A trainer encodes the rows that it is made with; "
-            "a dataset that replaces trainer.train_dataset later needs the columns of the dataset that it replaces."
-        )
+        raise not_encoded(row)
     ids = row.get("completion_ids", ())
     masks = row["completion_mask"] if "completion_mask" in row else [None] * len(ids)
     numbers = {n: v for n, v in row.items() if n not in _LAYOUT_COLUMNS and isinstance(v, int | float | list)}

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from trl.data.encode import decode
+from trl.data.encode import decode, not_encoded
 from trl.types import Completion, Example
 
 ROWS_AT_ONCE = 10_000
@@ -49,10 +49,15 @@ def heaviest_window(trainer: LearnsFromRows) -> list[Example]:
 
 
 def row_positions(rows: Dataset | Sequence[Mapping[str, Any]], layout: str = "shared") -> np.ndarray:
-    """Number of positions of every encoded row in a layout, with all of its completions or documents."""
+    """Number of positions of every encoded row in a layout, with all of its completions or documents.
+
+    Raises DataError for rows that are not encoded.
+    """
     if not isinstance(rows, Dataset):
         return np.array([sum(_example_positions(example, layout) for example in decode(row)) for row in rows])
     columns = [name for name in ("prompt_ids", "completion_ids") if name in rows.column_names] or ["input_ids"]
+    if not {*columns} <= {*rows.column_names}:
+        raise not_encoded(rows.column_names)
     if rows._indices is None or len(rows) * DEARER < len(rows.data):
         tables = rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_ONCE)
         return np.concatenate([_table_positions(table, layout) for table in tables])
