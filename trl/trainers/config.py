@@ -21,7 +21,7 @@ from trl.noise import say_once
 from trl.ops.products import has_bfloat16
 from trl.option_bounds import check_bounds
 from trl.option_names import OptionNames, Options
-from trl.option_types import check_choices, describe_fields, make_plain
+from trl.option_types import check_choices, describe_fields, make_plain, settable
 from trl.trainers.mapping_options import check_entries, check_mappings
 from trl.trainers.option_checks import (
     check_best,
@@ -70,6 +70,14 @@ class _ConfigMeta(OptionNames):
     """Accepts older names of options, and documents a configuration by the docstrings of its fields."""
 
     if not TYPE_CHECKING:
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            """A configuration that remembers its arguments: see `TrainerConfig.remember`."""
+            made = super().__call__(*args, **kwargs)
+            made.remember(
+                {**dict(zip([*inspect.signature(cls).parameters], args, strict=False)), **cls.translated(kwargs)}
+            )
+            return made
 
         @property
         def __doc__(cls) -> str:
@@ -273,6 +281,17 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
             self.plans_checkpointing = False
             if OTHER_NAMES[name] in self.__dataclass_fields__:
                 super().__setattr__(OTHER_NAMES[name], value)
+
+    def remember(self, given: Mapping[str, Any]) -> None:
+        """Remember the arguments of the constructor, and the values that it made of them and of the defaults."""
+        vars(self)["_given"] = dict(given)
+        vars(self)["_made"] = {field.name: getattr(self, field.name) for field in settable(type(self))}
+
+    def changed(self) -> dict[str, Any]:
+        """The options that were set after the configuration was made, except by the planner of gradient checkpointing."""
+        made, planned = vars(self).get("_made", {}), OTHER_NAMES if self.plans_checkpointing else ()
+        now = {field.name: getattr(self, field.name) for field in settable(type(self)) if field.name not in planned}
+        return {name: value for name, value in now.items() if name not in made or value != made[name]}
 
     def check_values(self) -> None:
         """Raises ConfigError for values that are invalid or out of range, and for files that do not exist.

@@ -38,18 +38,22 @@ class CPOConfig(DPOConfig):
     """Always true: none of these losses has a reference."""
 
     def __post_init__(self) -> None:
-        if self.cpo_alpha is None:
-            self.cpo_alpha = 0.0 if self.loss_type == "alphapo" else 1.0
-        if self.loss_type == "simpo" and self.alphapo_alpha:
-            self.loss_type = "alphapo"  # SimPO is AlphaPO with α = 0
+        if self.loss_type == "simpo" and self.alphapo_alpha:  # SimPO is AlphaPO with α = 0
+            self.cpo_alpha, self.loss_type = self.likelihood_weight, "alphapo"
         super().__post_init__()
 
     def make_algorithm(self) -> DPO:
         if self.rpo_alpha is not None:
             raise ConfigError(f"rpo_alpha={self.rpo_alpha} is called cpo_alpha here: set cpo_alpha instead.")
-        return self.check_not_split(
-            DPO(loss_types=self.loss_type, **self.options() | {"rpo_alpha": self.cpo_alpha or None})
-        )
+        own = {"cpo_alpha": self.likelihood_weight, "rpo_alpha": self.likelihood_weight or None}
+        return self.check_not_split(DPO(loss_types=self.loss_type, **self.options() | own))
+
+    @property
+    def likelihood_weight(self) -> float:
+        """`cpo_alpha`, or its default for this loss."""
+        if self.cpo_alpha is not None:
+            return self.cpo_alpha
+        return 0.0 if self.loss_type == "alphapo" else 1.0
 
 
 class CPOTrainer(DPOTrainer):

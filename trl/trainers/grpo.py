@@ -133,8 +133,6 @@ class GRPOConfig(OnlineConfig):
         self.loss_aggregation = self._averaging()
         self.check_groups()
         self.refuse("max_tool_calling_iterations", "cast_lm_head_to_fp32")
-        if self.importance_sampling_correction is None:
-            self.importance_sampling_correction = self.use_vllm
         self.make_algorithm()
 
     @property
@@ -156,7 +154,7 @@ class GRPOConfig(OnlineConfig):
             entropy_bonus=self._entropy_bonus(),
             top_entropy=self.top_entropy_quantile,
             off_policy_threshold=self.off_policy_mask_threshold,
-            correction=self._correction() if self.importance_sampling_correction else None,
+            correction=self._correction(),
         )
 
     def _averaging(self) -> str:
@@ -180,7 +178,10 @@ class GRPOConfig(OnlineConfig):
         bounds = {"low": self.entropy_coef_min, "high": self.entropy_coef_max}
         return EntropyBonus(self.entropy_coef, self.entropy_target, self.entropy_coef_delta, **bounds)
 
-    def _correction(self) -> Correction:
+    def _correction(self) -> Correction | None:
+        asked = self.importance_sampling_correction
+        if not (self.use_vllm if asked is None else asked):
+            return None
         bounds = (self.importance_sampling_clip_min, self.importance_sampling_clip_max)
         return Correction(self.importance_sampling_mode, *bounds)
 

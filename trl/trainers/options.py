@@ -34,11 +34,26 @@ def resolve_args(
     _check_class(config_class, args, trainer)
     if not isinstance(args, config_class):
         return config_class(**{**_shared_options(config_class, args), **options})
-    args = copy.copy(args)
-    for name, value in options.items():
-        setattr(args, name, value)
-    args.check_values()
-    return args
+    return with_options(args, options)
+
+
+def with_options(args: TrainerConfig, options: Mapping[str, Any]) -> TrainerConfig:
+    """A copy of `args` with other `options`.
+
+    If an option is new, or was set after `args` was made, the copy is made anew of all that was given, so that options which
+    follow from others (the averaging from `loss_type`, say) follow from the new ones.
+    """
+    options = {**args.changed(), **options}
+    if not options:
+        return copy.copy(args)
+    given = {**vars(args).get("_given", {}), **options}
+    made = type(args).__new__(type(args))
+    vars(made)["_said"] = vars(args).get("_said", set())
+    made.__init__(**given)
+    made.remember(given)
+    own = {name: value for name, value in vars(args).items() if name not in vars(made)}
+    vars(made).update(own)
+    return made
 
 
 def _shared_options(config_class: type[TrainerConfig], args: TrainingArguments) -> dict[str, Any]:

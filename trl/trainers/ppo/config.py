@@ -18,6 +18,9 @@ from trl.trainers.online_config import OnlineConfig
 
 ACCELERATOR_OPTIONS = ("cpu", "mixed_precision")
 
+SAME = (("mini_batch_size", "forward_batch_size", "per_device_train_batch_size"), ("ppo_epochs", "num_iterations"))
+"""Names of one and the same option."""
+
 
 @dataclass
 class PPOConfig(PPOOptions, OnlineConfig):
@@ -178,6 +181,7 @@ class PPOConfig(PPOOptions, OnlineConfig):
     def _size_batches(self) -> None:
         """Set the batch size, mini-batch size and number of epochs under all of their names."""
         check_bounds(self)
+        self._check_sizes()
         self.mini_batch_size = self.forward_batch_size or self.per_device_train_batch_size or self.mini_batch_size
         self.ppo_epochs = self.num_iterations or self.ppo_epochs
         self.batch_size = (
@@ -193,6 +197,25 @@ class PPOConfig(PPOOptions, OnlineConfig):
             )
         self.per_device_train_batch_size, self.num_iterations = self.mini_batch_size, self.ppo_epochs
         self.steps_per_generation = self.batch_size // self.mini_batch_size
+
+    def _check_sizes(self) -> None:
+        """Raises ConfigError for different values of an option under two of its names, as `dataclasses.replace` may give."""
+        for names in SAME:
+            given = {
+                name: getattr(self, name)
+                for name in names
+                if getattr(self, name) not in (None, getattr(PPOConfig, name))
+            }
+            if len({*given.values()}) > 1:
+                both = " and ".join(f"{name}={value}" for name, value in given.items())
+                raise ConfigError(f"{both} are names of one option: give one of them, or the same value for all.")
+        size = self.forward_batch_size or self.per_device_train_batch_size or self.mini_batch_size
+        many = self.steps_per_generation
+        if many and self.batch_size not in (PPOConfig.batch_size, size * many):
+            raise ConfigError(
+                f"batch_size={self.batch_size} is not mini_batch_size × steps_per_generation = {size} × {many}: leave one of "
+                "them out."
+            )
 
     @property
     def total_ppo_epochs(self) -> int:
