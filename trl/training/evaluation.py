@@ -133,9 +133,13 @@ class EvaluatingTrainer(StepTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in `transformers`, but metrics are means over the whole dataset and not means of batch means."""
+        """As in `transformers`, but metrics are means over the whole dataset and not means of batch means, and training
+        draws the same random numbers as without the evaluation, whose data loader draws some."""
         self.gather_function = self.gather_predictions  # `transformers` sets its own again when the loop ends
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with torch.random.fork_rng(devices=[]):  # loaders draw on the CPU
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         found = self.meters["eval"].read(self._gather, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
