@@ -113,6 +113,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
     """Whether rows are prompts, with other columns for the reward functions."""
     multiple_completions: ClassVar[bool] = False
     """Whether a prompt has several completions."""
+    packs_rows: bool = False
+    """Whether the layout has to be one without padding."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -237,6 +239,8 @@ class BaseTrainer(WritesModelCard, RunsLayers):
                     'set layout="padded".'
                 )
             return "padded"
+        if self.args.neftune_noise_alpha and self.args.layout == "auto" and not self.packs_rows:
+            return "padded"  # the noise is α/√(Td), of one sequence: arXiv:2310.05914, Algorithm 1
         trial = None if self.images is None else self.images.trial()
         half = self.args.bf16 or self.args.fp16
         options = {"multiple_completions": self.multiple_completions, "half": half, **options}

@@ -214,14 +214,15 @@ class SFTTrainer(OfflineAttributes, BaseTrainer):
         evaluation = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
         return self.args.packing if split == "train" else evaluation
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether the layout has to be one without padding."""
+        return self.args.packing or self.args.padding_free
+
     def prepare_model(self) -> None:
         warn_of_own_loss(unwrap(self.model))
         super().prepare_model()
-        if not (self.args.packing or self.args.padding_free):
-            if self.args.neftune_noise_alpha is not None and self.args.layout == "auto":
-                self.layout = "padded"  # the noise is α/√(Td), of one sequence: arXiv:2310.05914, Algorithm 1
-            return
-        if self.layout != "padded":
+        if not self.packs_rows or self.layout != "padded":
             return
         asked = "packing" if self.args.packing else "padding_free"
         inner = unwrap(self.model)
