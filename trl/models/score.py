@@ -184,13 +184,13 @@ def _accepting_score(plain: Callable) -> Callable:
 
 
 def _head_forward(self: nn.Module, hidden: Tensor | None, score: ScoreRequest | None = None) -> Any:
-    """The head's forward: with `score` its statistics; else logits, or empty logits while hidden states are recorded."""
+    """The head's forward: with `score` its statistics; else logits, or a single one while hidden states are recorded."""
     if score is not None:
         return _head_statistics(self, score)
     if self._trl_recorded is None:
         return self._trl_plain_forward(hidden)
     self._trl_recorded.append(hidden)
-    return hidden.new_empty(*hidden.shape[:-2], 0, 1)
+    return hidden.new_zeros(*hidden.shape[:-2], 1, 1)  # not empty, of which `debug` finds no minimum
 
 
 def _hidden_states(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

@@ -48,6 +48,9 @@ class EvalSamplesCallback(TrainerCallback):
         self.engine = LocalEngine(trainer.model, trainer.tokenizer, progress=False)
         self.sampled_at: int | None = None
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.sampled_at = None  # a second call of `train` counts steps from 0 again
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: Any, **_: Any) -> None:
         if state.global_step == self.sampled_at:  # a further dataset of the same evaluation
             return

@@ -40,4 +40,9 @@ def take_chat_template(args: TrainerConfig, model: PreTrainedModel, tokenizer: A
     if path.endswith(TEMPLATES):
         tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
         return []
-    return clone_chat_template(model, tokenizer, path)[2]
+    try:
+        return clone_chat_template(model, tokenizer, path)[2]
+    except OSError as error:
+        raise ConfigError(
+            f"chat_template_path={path!r} is no .jinja file, and no tokenizer was found there: {error}"
+        ) from error
