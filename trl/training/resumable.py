@@ -8,6 +8,7 @@ states, history), the loss since the last log, and the parts that a trainer regi
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from trl.training.output_folder import (
 )
 from trl.training.renamed_weights import are_renamed, load_renamed
 from trl.training.run_settings import (
+    OVERRULED,
     SETTINGS_FILE,
     check_adapter,
     check_rows_alike,
@@ -53,6 +55,8 @@ from trl.training.run_settings import (
 )
 from trl.training.state import StateFunctions, StateRegistry, Unchanged, reference_part
 from trl.training.streams import steady_streams
+
+logger = logging.getLogger(__name__)
 
 
 class ResumableTrainer(Trainer):
@@ -80,6 +84,7 @@ class ResumableTrainer(Trainer):
         self._resumed_from: str | None = None
         self._nonfinite_at_first: frozenset[str] = frozenset()
         self._resumed_loss: Mapping[str, Any] | None = None
+        self._optimizer_options: dict[str, Any] = {}
 
     if not TYPE_CHECKING:
 
@@ -104,7 +109,13 @@ class ResumableTrainer(Trainer):
     # ---- resuming ----
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`. True resumes from the newest complete checkpoint; so does "last", or starts if there is none."""
+        """As in `transformers`. True resumes from the newest complete checkpoint; so does "last", or starts if there is none.
+
+        None is the option `resume_from_checkpoint`.
+        """
+        self._warn_of_kept_options()
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         with only_run_in(self.args.output_dir), steady_streams():
             check_rows_alike(all_gather_object(describe_rows(self.train_dataset), self.accelerator))
             checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
@@ -118,6 +129,21 @@ class ResumableTrainer(Trainer):
                 self.check_space(has_checkpoints=True)
             self._nonfinite_at_first = frozenset(self.nonfinite_weights())
             return super().train(checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None:
+            self._optimizer_options = {name: getattr(self.args, name) for name in OVERRULED}
+        return super().create_optimizer(*args, **kwargs)
+
+    def _warn_of_kept_options(self) -> None:
+        """Warn of options that were changed since an earlier call of `train` made the optimizer."""
+        for name, was in self._optimizer_options.items():
+            now = getattr(self.args, name)
+            if self.optimizer is not None and now != was:
+                logger.warning(
+                    f"{name} was {was!r}, and is {now!r} now, which has no effect: the optimizer keeps the former value. Set "
+                    "trainer.optimizer = None to make a new one."
+                )
 
     def _check_folder(self, checkpoint: str | None) -> None:
         """Raise ConfigError on all processes if the output folder has results of a run other than the resumed one."""
