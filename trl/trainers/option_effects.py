@@ -39,7 +39,23 @@ def _loss_is(*names: str) -> Condition:
     return is_one
 
 
+def _optimizer_is(*names: str) -> Condition:
+    """Condition that the name of the optimizer contains one of `names`."""
+    return lambda config: any(name in str(getattr(config.optim, "value", config.optim)) for name in names)
+
+
 _CONDITIONS: list[tuple[str, Condition, str]] = [
+    ("eval_steps", lambda c: c.eval_strategy == "steps", "eval_strategy='steps'"),
+    ("eval_delay", lambda c: c.eval_strategy != "no", "eval_strategy"),
+    ("save_total_limit save_only_model", lambda c: c.save_strategy != "no", "a save_strategy"),
+    (
+        "greater_is_better",
+        lambda c: c.metric_for_best_model is not None or c.load_best_model_at_end,
+        "metric_for_best_model",
+    ),
+    ("optim_target_modules", _optimizer_is("galore", "apollo"), "an optim of GaLore or APOLLO"),
+    ("adam_beta1 adam_beta2", _optimizer_is("adam", "lion", "ademamix", "schedule_free"), "an optim of Adam's family"),
+    ("adam_epsilon", _optimizer_is("adam", "ademamix", "schedule_free"), "an optim of Adam's family"),
     ("packing_strategy", lambda c: c.packing or bool(c.eval_packing), "packing=True"),
     ("eval_samples_max_new_tokens", lambda c: c.eval_samples > 0, "eval_samples"),
     ("ref_model_mixup_alpha ref_model_sync_steps", lambda c: c.sync_ref_model, "sync_ref_model=True"),

@@ -39,6 +39,9 @@ class RolloutOptions:
     SAMPLES: ClassVar[str] = "completions"
     """The word for samples in error messages."""
 
+    SPLITS: ClassVar[str] = "max_tokens_per_micro_batch"
+    """The option that splits minibatches."""
+
     @property
     def minibatches_per_rollout_batch(self) -> int:
         """Number of minibatches in a rollout batch, on each process."""
@@ -57,6 +60,14 @@ class RolloutOptions:
                 f"A rollout batch has {samples} {self.SAMPLES} per process (per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} × steps_per_generation={self.minibatches_per_rollout_batch}), which is no "
                 f"multiple of num_generations={self.num_generations}: change one of the three."
+            )
+
+    def refuse_smaller_batches(self) -> None:
+        """Raise ConfigError for auto_find_batch_size: it changes how many rows a data loader reads, of which there is none."""
+        if self.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size=True would change nothing: minibatches are parts of a rollout batch. Leave it out; to "
+                f"need less memory, set {self.SPLITS}, which splits them without changing the result."
             )
 
     def check_groups(self) -> None:

@@ -83,6 +83,7 @@ class StepTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._refuse_rounding()
         check_parallelism(self.args, self.accelerator)
         use_one_device(self.args)
         self.model_accepts_loss_kwargs = True
@@ -97,6 +98,15 @@ class StepTrainer(ResumableTrainer):
         self._window = Window((), (), self._tr_loss.clone(), self.meters["train"].mark())
         self._throughput, self._timed_steps = (0, 0.0), 0
         self._window_started: float | None = None
+
+    def _refuse_rounding(self) -> None:
+        """Raise ConfigError if an evaluation would round the weights that are trained."""
+        for name in ("bf16", "fp16"):
+            if getattr(self.args, f"{name}_full_eval") and self.train_dataset is not None:
+                raise ConfigError(
+                    f"{name}_full_eval=True rounds the weights of the model for good, and this trainer has a train_dataset: set "
+                    f"{name}=True instead, which computes in half precision and keeps the weights; or leave train_dataset out."
+                )
 
     # ---- methods for subclasses ----
 

@@ -109,6 +109,7 @@ class DiffusionRolloutConfig(RolloutOptions, DiffusionConfig):
     """Options of trainers that train on pictures which the model samples."""
 
     SAMPLES = "pictures"
+    SPLITS = "max_steps_per_micro_batch"
 
     num_inference_steps: int = 10
     """Denoising steps of the pictures sampled for training; fewer suffice than for good-looking pictures."""
@@ -127,6 +128,7 @@ class DiffusionRolloutConfig(RolloutOptions, DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse_smaller_batches()
         self.check_batches()
 
     @property
