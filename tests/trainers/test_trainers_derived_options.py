@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 
 import pytest
@@ -73,3 +74,10 @@ def test_copies_remember_what_was_given(tmp_path):
     for each in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
         assert each.changed() == {}
         assert resolved(each, loss_type="dr_grpo").loss_aggregation == "constant"
+
+
+def test_a_configuration_survives_json(tmp_path):
+    args = SFTConfig(str(tmp_path), pad_token="<unk>", **CPU)
+    again = SFTConfig(**json.loads(args.to_json_string()))
+    assert (again.pad_token, again.eos_token, again.hub_token) == ("<unk>", None, None)
+    assert SFTConfig(str(tmp_path), hub_token="secret", **CPU).to_dict()["hub_token"] == "<HUB_TOKEN>"

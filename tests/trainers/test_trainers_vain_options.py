@@ -47,6 +47,24 @@ def test_options_of_transformers_without_another(options, words, tmp_path, caplo
 @pytest.mark.parametrize(
     ("config", "options", "words"),
     [
+        (DPOConfig, {"cpo_alpha": 0.5}, "cpo_alpha=0.5 has no effect without loss_type='cpo'"),
+        (DPOConfig, {"cpo_alpha": 0.5, "loss_type": "cpo", "reference_free": True}, ""),
+        (
+            GRPOConfig,
+            {"vllm_structured_outputs_regex": "a+"},
+            "vllm_structured_outputs_regex='a+' has no effect without",
+        ),
+    ],
+)
+def test_options_of_another_loss_or_engine(config, options, words, tmp_path, caplog):
+    config(str(tmp_path), **CPU, **options)
+    assert words in caplog.text
+    assert words or "has no effect" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
         (SFTConfig, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True .*exit_on_signal"),
         (SFTConfig, {"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
         (GRPOConfig, {"auto_find_batch_size": True}, "auto_find_batch_size=True .*max_tokens_per_micro_batch"),

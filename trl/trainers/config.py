@@ -311,6 +311,11 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
         if template.endswith(TEMPLATES) and not Path(template).expanduser().is_file():
             raise ConfigError(f"chat_template_path={template!r}: there is no such file.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in `transformers`, which masks all names that end in `_token`; only that of the hub is a secret."""
+        plain = {"pad_token": self.pad_token, "eos_token": self.eos_token}
+        return super().to_dict() | plain | ({"hub_token": None} if self.hub_token is None else {})
+
     def loading(self, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`kwargs` for `from_pretrained`, with `trust_remote_code` added."""
         return {"trust_remote_code": self.trust_remote_code, **(kwargs or {})}

@@ -25,6 +25,9 @@ _OF_LOSSES = {
 }
 """Options of preference losses → the losses that read them."""
 
+OF_VLLM = ("vllm_mode", "vllm_group_port", "vllm_structured_outputs_regex")
+"""Options of vLLM besides those that its modes read."""
+
 _CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "clip")
 
 
@@ -69,7 +72,8 @@ _CONDITIONS: list[tuple[str, Condition, str]] = [
         (option, _loss_is(*losses), "loss_type=" + " or ".join(map(repr, losses)))
         for option, losses in _OF_LOSSES.items()
     ),
-    (" ".join(USED["server"] | USED["colocate"] | {"vllm_mode"}), lambda c: c.use_vllm, "use_vllm=True"),
+    ("cpo_alpha", lambda c: type(c).cpo_alpha is None or _loss_is("cpo")(c), "loss_type='cpo'"),  # None: CPOConfig
+    (" ".join([*USED["server"], *USED["colocate"], *OF_VLLM]), lambda c: c.use_vllm, "use_vllm=True"),
     ("max_resampling", lambda c: c.zero_variance == "resample", "zero_variance='resample'"),
     ("num_completions_to_print log_unique_prompts", lambda c: c.log_completions, "log_completions=True"),
     ("epsilon", _loss_is(*_CLIPPED, "gmpo"), "a loss_type that clips ratios"),
