@@ -9,7 +9,16 @@ import torch
 from datasets import Dataset
 
 from tests.trainers.online_support import make_trainer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, SFTConfig, SFTTrainer
+from trl import (
+    DiffusionGRPOConfig,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.errors import ConfigError
 
 TEXTS = Dataset.from_dict({"text": ["A fox.", "It runs far.", "No.", "It is late now."]})
@@ -67,6 +76,13 @@ def test_options_of_another_loss_or_engine(config, options, words, tmp_path, cap
     [
         (SFTConfig, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True .*exit_on_signal"),
         (SFTConfig, {"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
+        (OnlineDPOConfig, {"recompute_old_logprobs": True}, "recompute_old_logprobs=True"),
+        (
+            DiffusionGRPOConfig,
+            {"train_sampling_strategy": "sequential"},
+            "train_sampling_strategy='sequential' has no effect",
+        ),
+        (DiffusionGRPOConfig, {"auto_find_batch_size": True}, "max_steps_per_micro_batch"),
         (GRPOConfig, {"auto_find_batch_size": True}, "auto_find_batch_size=True .*max_tokens_per_micro_batch"),
     ],
 )
@@ -152,3 +168,10 @@ def test_samples_of_evaluations_in_a_second_call_of_train(make_model, tokenizer,
         trainer.train()
         (found,) = (tmp_path / "completions").iterdir()
         found.unlink()
+
+
+def test_two_ways_to_rank_completions(make_model, tmp_path):
+    with pytest.raises(ConfigError, match="reward_model_path='/no/where' and reward_funcs .* give one"):
+        make_trainer(
+            make_model("llama"), tmp_path, cls=OnlineDPOTrainer, num_generations=2, reward_model_path="/no/where"
+        )

@@ -127,12 +127,7 @@ class OnlineConfig(RolloutOptions, SamplerOptions, ReferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse("log_completions_hub_repo")
-        self.refuse_smaller_batches()
-        if self.train_sampling_strategy != "random":
-            raise ConfigError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect on prompts: leave it out. They are "
-                "drawn in random order, or in the dataset's order with shuffle_dataset=False."
-            )
+        self.refuse_options_of_rows()
         self.check_sampler()
         self.check_batches()
         limit = self.max_completion_length

@@ -65,6 +65,7 @@ class OnlineDPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse("recompute_old_logprobs")
         if self.num_generations < 2:
             raise ConfigError(f"num_generations={self.num_generations}: a pair needs at least 2 completions.")
         if self.beta == []:
@@ -141,6 +142,11 @@ class OnlineDPOTrainer(OnlineTrainer):
         )
 
     def _given_rewards(self) -> Any:
+        if self._reward_funcs is not None and self.args.reward_model_path is not None:
+            raise ConfigError(
+                f"reward_model_path={self.args.reward_model_path!r} and reward_funcs (or judge) both rank completions: give one "
+                "of them."
+            )
         return self.args.reward_model_path if self._reward_funcs is None else self._reward_funcs
 
     @property

@@ -62,12 +62,17 @@ class RolloutOptions:
                 f"multiple of num_generations={self.num_generations}: change one of the three."
             )
 
-    def refuse_smaller_batches(self) -> None:
-        """Raise ConfigError for auto_find_batch_size: it changes how many rows a data loader reads, of which there is none."""
+    def refuse_options_of_rows(self) -> None:
+        """Raise ConfigError for options of the data loader of rows, of which there is none."""
         if self.auto_find_batch_size:
             raise ConfigError(
                 "auto_find_batch_size=True would change nothing: minibatches are parts of a rollout batch. Leave it out; to "
                 f"need less memory, set {self.SPLITS}, which splits them without changing the result."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ConfigError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect on prompts: leave it out. They are "
+                "drawn in random order, or in the dataset's order with shuffle_dataset=False."
             )
 
     def check_groups(self) -> None:

@@ -128,7 +128,7 @@ class DiffusionRolloutConfig(RolloutOptions, DiffusionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_smaller_batches()
+        self.refuse_options_of_rows()
         self.check_batches()
 
     @property
