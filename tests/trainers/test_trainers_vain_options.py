@@ -75,15 +75,12 @@ def test_options_of_another_loss_or_engine(config, options, words, tmp_path, cap
     ("config", "options", "words"),
     [
         (SFTConfig, {"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True .*exit_on_signal"),
-        (SFTConfig, {"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
         (OnlineDPOConfig, {"recompute_old_logprobs": True}, "recompute_old_logprobs=True"),
         (
             DiffusionGRPOConfig,
             {"train_sampling_strategy": "sequential"},
             "train_sampling_strategy='sequential' has no effect",
         ),
-        (DiffusionGRPOConfig, {"auto_find_batch_size": True}, "max_steps_per_micro_batch"),
-        (GRPOConfig, {"auto_find_batch_size": True}, "auto_find_batch_size=True .*max_tokens_per_micro_batch"),
     ],
 )
 def test_what_would_break_a_promise_is_refused(config, options, words, tmp_path):
@@ -91,13 +88,30 @@ def test_what_would_break_a_promise_is_refused(config, options, words, tmp_path)
         config(str(tmp_path), **CPU, **options)
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "value", "words"),
+    [
+        (SFTConfig, "average_tokens_across_devices", False, "tokens of all processes"),
+        (DiffusionGRPOConfig, "auto_find_batch_size", True, "max_steps_per_micro_batch"),
+        (GRPOConfig, "auto_find_batch_size", True, "max_tokens_per_micro_batch"),
+    ],
+)
+def test_options_for_which_there_is_no_need_are_ignored(config, name, value, words, tmp_path, caplog):
+    made = config(str(tmp_path), **CPU, **{name: value})
+    assert getattr(made, name) is not value
+    assert caplog.text.count(f"{name}={value} has no effect") == 1
+    assert words in caplog.text
+
+
 def test_no_tracker_may_be_none(tmp_path):
     assert SFTConfig(str(tmp_path), use_cpu=True, report_to=None).report_to == []
 
 
-def test_an_evaluation_does_not_round_what_is_trained(make_model, tokenizer, tmp_path):
-    with pytest.raises(ConfigError, match="bf16_full_eval=True rounds .*bf16=True instead"):
-        trainer_of(make_model("llama"), tokenizer, tmp_path, bf16_full_eval=True)
+def test_an_evaluation_does_not_round_what_is_trained(make_model, tokenizer, tmp_path, caplog):
+    trained = trainer_of(make_model("llama"), tokenizer, tmp_path, evaluated=TEXTS, bf16_full_eval=True)
+    trained.evaluate()
+    assert trained.model.dtype == torch.float32
+    assert "bf16_full_eval=True has no effect" in caplog.text
     found = trainer_of(make_model("llama"), tokenizer, tmp_path, None, evaluated=TEXTS, bf16_full_eval=True)
     assert math.isfinite(found.evaluate()["eval_loss"])
 

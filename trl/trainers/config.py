@@ -31,7 +31,7 @@ from trl.trainers.option_checks import (
     check_precision,
     leave_mps,
 )
-from trl.trainers.option_effects import warn_of_options
+from trl.trainers.option_effects import ignore, warn_of_options
 from trl.training.parallel import check_processes, processes_on_cpu, read_on_every_process, tell_exits_shortly
 
 ALIASES = {
@@ -237,7 +237,12 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(self.logging_dir).expanduser())
         self.report_to = "none" if self.report_to is None else self.report_to
         self.refuse("include_for_metrics")
-        self.refuse_harmful()
+        ignore(self, "average_tokens_across_devices", True, "losses are averaged over the tokens of all processes.")
+        if self.enable_jit_checkpoint:
+            raise ConfigError(
+                "enable_jit_checkpoint=True would write a checkpoint in the middle of a step, from which a run does not resume "
+                "exactly: leave it out, and train within trl.exit_on_signal(trainer), as the command line does."
+            )
         if self.label_smoothing_factor and not self.smooths_labels:
             has_own = "label_smoothing" in self.__dataclass_fields__
             advice = "leave it out" + (", or set label_smoothing, which is for this loss." if has_own else ".")
@@ -351,19 +356,6 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
         for name in names:
             if getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not available in this version: leave it out.")
-
-    def refuse_harmful(self) -> None:
-        """Raises ConfigError for options of `transformers` that contradict what trainers promise."""
-        if self.enable_jit_checkpoint:
-            raise ConfigError(
-                "enable_jit_checkpoint=True would write a checkpoint in the middle of a step, from which a run does not resume "
-                "exactly: leave it out, and train within trl.exit_on_signal(trainer), as the command line does."
-            )
-        if not self.average_tokens_across_devices:
-            raise ConfigError(
-                "average_tokens_across_devices=False is not available: the loss is always averaged over all processes, so that "
-                "it does not depend on their number. Leave it out."
-            )
 
     def recompute(self, *, activations: bool) -> None:
         """Set `gradient_checkpointing` to what the planner decided; `plans_checkpointing` stays as it is."""

@@ -135,8 +135,19 @@ def set_in_vain(config: Any) -> list[str]:
 
 def warn_of_options(config: Any) -> None:
     """Warn of options without effect and of unusual values, once for a configuration and its copies."""
-    said: set[str] = vars(config).setdefault("_said", set())
     for sentence in (*unusual(config), *set_in_vain(config)):
-        if sentence not in said:
-            said.add(sentence)
-            logger.warning(sentence)
+        _say(config, sentence)
+
+
+def ignore(config: Any, name: str, neutral: Any, reason: str) -> None:
+    """Set an option that has no effect to its `neutral` value, and warn if it had another."""
+    if (value := getattr(config, name)) != neutral:
+        _say(config, f"{name}={value!r} has no effect: {reason}")
+        setattr(config, name, neutral)
+
+
+def _say(config: Any, sentence: str) -> None:
+    said: set[str] = vars(config).setdefault("_said", set())
+    if sentence not in said:
+        said.add(sentence)
+        logger.warning(sentence)

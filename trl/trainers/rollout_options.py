@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from trl.algorithms.advantages import RewardAggregation
 from trl.errors import ConfigError
+from trl.trainers.option_effects import ignore
 
 
 @dataclass(kw_only=True)
@@ -63,12 +64,9 @@ class RolloutOptions:
             )
 
     def refuse_options_of_rows(self) -> None:
-        """Raise ConfigError for options of the data loader of rows, of which there is none."""
-        if self.auto_find_batch_size:
-            raise ConfigError(
-                "auto_find_batch_size=True would change nothing: minibatches are parts of a rollout batch. Leave it out; to "
-                f"need less memory, set {self.SPLITS}, which splits them without changing the result."
-            )
+        """Ignore or refuse options of the data loader of rows, of which there is none. Raises ConfigError."""
+        reason = f"minibatches are parts of a rollout batch, which {self.SPLITS} splits if memory is short."
+        ignore(self, "auto_find_batch_size", False, reason)
         if self.train_sampling_strategy != "random":
             raise ConfigError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect on prompts: leave it out. They are "

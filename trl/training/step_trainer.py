@@ -16,6 +16,7 @@ An item can be anything: a text, a pair of answers, a denoising trajectory. A su
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -63,6 +64,8 @@ from trl.training.window import (
 )
 from trl.types import Metrics
 
+logger = logging.getLogger(__name__)
+
 DECIDE_ALIKE = ("transformers", "trl", "trlx")
 """Packages whose callbacks make the same decisions on all processes."""
 DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
@@ -83,7 +86,7 @@ class StepTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._refuse_rounding()
+        self._keep_precision()
         check_parallelism(self.args, self.accelerator)
         use_one_device(self.args)
         self.model_accepts_loss_kwargs = True
@@ -99,13 +102,13 @@ class StepTrainer(ResumableTrainer):
         self._throughput, self._timed_steps = (0, 0.0), 0
         self._window_started: float | None = None
 
-    def _refuse_rounding(self) -> None:
-        """Raise ConfigError if an evaluation would round the weights that are trained."""
-        for name in ("bf16", "fp16"):
-            if getattr(self.args, f"{name}_full_eval") and self.train_dataset is not None:
-                raise ConfigError(
-                    f"{name}_full_eval=True rounds the weights of the model for good, and this trainer has a train_dataset: set "
-                    f"{name}=True instead, which computes in half precision and keeps the weights; or leave train_dataset out."
+    def _keep_precision(self) -> None:
+        """Ignore options by which an evaluation would round the weights that are trained."""
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self.args, name) and self.train_dataset is not None:
+                setattr(self.args, name, False)
+                logger.warning(
+                    f"{name}=True has no effect: it would round the trained weights. Evaluations compute as training does."
                 )
 
     # ---- methods for subclasses ----
