@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import make_tokenizer
 from trl import ScriptArguments, TrlParser
-from trl.compat import CLASSIC
+from trl.compat.names import CLASSIC
 from trl.errors import DataError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trl.compat import REMOVED
+from trl.compat.names import REMOVED
 
 ROOT = Path(__file__).parent.parent / "trl"
 LEVELS = [

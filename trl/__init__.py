@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from trl.compat import CLASSIC, LegacyImportFinder, missing
+from trl.compat.names import CLASSIC, LegacyImportFinder, missing
 from trl.lazy import load, modules_of
 
 __version__ = "2.0.0.dev0"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from trl.compat import names_for
+from trl.compat.names import names_for
 from trl.models.reference import create_reference_model
 from trl.ops import reduce
 from trl.rollouts.respond import LengthSampler, respond_to_batch

@@ -16,23 +16,9 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from trl.compat import advice_on, asks_for_nothing, remedy
+from trl.compat.options import advice_on, asks_for_nothing, refuse_outdated, remedy, said_today
 from trl.errors import ConfigError
 from trl.option_types import settable
-
-REFUSED: dict[str, tuple[bool, str]] = {
-    "group_by_length": (True, "this is train_sampling_strategy='group_by_length' today"),
-    "save_safetensors": (False, "weights are always saved as safetensors, so leave it out"),
-    "use_flash_attention_2": (True, "this is attn_implementation='flash_attention_2' today"),
-}
-"""Removed options: the value of each that is no longer supported, and what to do instead. Other values have no effect."""
-
-
-def refuse_outdated(name: str, value: Any) -> None:
-    """Raise ConfigError for a removed option with a value that is no longer supported."""
-    refused, reason = REFUSED.get(name, (None, ""))
-    if refused is not None and value is refused:
-        raise ConfigError(f"{name}={value}: {reason}.")
 
 
 class OptionNames(type):
@@ -66,9 +52,7 @@ class OptionNames(type):
         known: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         for name, value in kwargs.items():
-            if name not in fields:
-                refuse_outdated(name, value)
-            today = name if name in fields else cls.ALIASES.get(name, name)
+            today, value = (name, value) if name in fields else cls.today(name, value)
             if today and today not in fields and not takes_any:
                 if asks_for_nothing(name, value):
                     continue
@@ -80,6 +64,11 @@ class OptionNames(type):
             if today:
                 known[today], spelled[today] = value, name
         return known
+
+    def today(cls, name: str, value: Any) -> tuple[str, Any]:
+        """The current name and value of an option of another release; "" for one without effect. Raises ConfigError for refused values."""
+        refuse_outdated(name, value)
+        return said_today(name, value) or (cls.ALIASES.get(name, name), value)
 
 
 class Options(metaclass=OptionNames):
@@ -104,5 +93,5 @@ class Options(metaclass=OptionNames):
             if hasattr(cls, name) or name in cls.__dataclass_fields__:
                 super().__setattr__(name, value)
             else:
-                refuse_outdated(name, value)
-                super().__setattr__(cls.ALIASES.get(name) or name, value)
+                today, value = cls.today(name, value)
+                super().__setattr__(today or name, value)

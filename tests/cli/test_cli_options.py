@@ -12,7 +12,7 @@ from huggingface_hub.errors import InferenceTimeoutError, OfflineModeIsEnabled
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-from trl import CPOConfig, DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, SFTConfig
+from trl import CPOConfig, DPOConfig, GRPOConfig, PPOConfig, RLOOConfig, SFTConfig, TrlParser
 from trl.cli.commands import load, methods
 from trl.cli.hub import HubError, check_model_on_hub, push_explained
 from trl.cli.main import main
@@ -56,7 +56,6 @@ def test_a_name_that_is_suggested_is_an_option_of_the_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_by_length": True}, "group_by_length=True: this is train_sampling_strategy='group_by_length'"),
         ({"save_safetensors": False}, "save_safetensors=False: weights are always saved as safetensors"),
         ({"fp16": True}, "fp16=True needs an accelerator"),
         ({"fp16": True, "bf16": True}, "bf16 and fp16 are both set"),
@@ -144,7 +143,28 @@ def test_every_optimizer_whose_package_is_missing_is_known(name, tmp_path, witho
 
 
 def test_older_options_that_ask_for_what_happens_anyway(tmp_path):
-    SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=False, save_safetensors=True)
+    args = SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=False, save_safetensors=True)
+    assert args.train_sampling_strategy == "random"
+
+
+def test_older_options_that_have_another_name_and_value_now(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=True)
+    assert args.train_sampling_strategy == "group_by_length"
+    args = SFTConfig(output_dir=str(tmp_path), **CPU)
+    args.group_by_length = True
+    assert args.train_sampling_strategy == "group_by_length"
+    with pytest.raises(ConfigError, match="given 'group_by_length' and 'train_sampling_strategy', two names"):
+        SFTConfig(output_dir=str(tmp_path), **CPU, group_by_length=True, train_sampling_strategy="sequential")
+    with pytest.raises(ConfigError, match="train_sampling_strategy='group_by_length' has no effect on prompts"):
+        GRPOConfig(output_dir=str(tmp_path), **CPU, group_by_length=True)
+
+
+@pytest.mark.parametrize("words", [["--group_by_length"], ["--group_by_length", "True"], ["--config", "older.yaml"]])
+def test_older_options_on_the_command_line(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "older.yaml").write_text("group_by_length: true\n")
+    (args,) = TrlParser(SFTConfig).parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu", *words])
+    assert args.train_sampling_strategy == "group_by_length"
 
 
 def test_the_only_batch_is_not_dropped(tmp_path):

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 import trl
 from tests.conftest import make_tokenizer
-from trl.compat import HOOKS
+from trl.compat.hooks import HOOKS
 from trl.errors import ConfigError
 from trl.trainers.base import BaseTrainer
 

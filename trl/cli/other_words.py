@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from trl.compat import advice_on
+from trl.compat.options import advice_on
 from trl.errors import suggest
 
 _COMMON = {

@@ -21,7 +21,7 @@ import yaml
 from trl.cli.fields import REQUIRED, Option, merge_options, options_of
 from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
-from trl.compat import asks_for_nothing
+from trl.compat.options import asks_for_nothing, said_today
 from trl.errors import ConfigError, TrlError, suggest, suggest_beside
 from trl.option_types import settable
 
@@ -138,7 +138,7 @@ class OptionParser:
         elif found:
             values[found] = self._value(name, self.options[found], words, attached)
         elif found == "":
-            given.outdated[name.replace("-", "_")] = self._outdated_value(words, attached)
+            self._store_outdated(name.replace("-", "_"), self._outdated_value(words, attached), values, given)
         elif switch := self._negated(name):
             values[switch] = False
         else:
@@ -198,6 +198,14 @@ class OptionParser:
             taken.append(words.pop(0))
         return taken if len(taken) > 1 else not taken or taken[0].lower() not in FALSE
 
+    def _store_outdated(self, name: str, value: Any, values: dict[str, Any], given: ParsedOptions) -> None:
+        """Store what a removed option says in today's words in `values`, or else the option itself in `given.outdated`."""
+        today, now = said_today(name, value) or ("", None)
+        if today in self.options:
+            values[today] = now
+        else:
+            given.outdated[name] = value
+
     def _refuse_word(self, word: str, before: str) -> NoReturn:
         name = before.replace("-", "_")
         if name in self.options and word not in self.options:
@@ -247,7 +255,7 @@ class OptionParser:
                 hint = suggest_option(str(key), self.options, (*self._renamed(), "env"))
                 mistakes.append(f"unknown key {key!r}.{hint}")
             elif not name:
-                given.outdated[str(key)] = value
+                self._store_outdated(str(key), value, given.values, given)
             else:
                 try:
                     given.values[name] = self._checked(str(key), self.options[name], value)

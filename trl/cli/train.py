@@ -55,7 +55,7 @@ def read_run(method: Method, given: ParsedOptions) -> Run:
     """Make the arguments of a run. Checks that need no heavy imports come first."""
     os.environ.update(given.environment)
     for name, value in given.outdated.items():
-        load("trl.option_names:refuse_outdated")(name, value)
+        load("trl.compat.options:refuse_outdated")(name, value)
         print(f"{name} no longer has an effect: leave it out.", file=sys.stderr)
     script, mixture, model = (given.arguments_for(load(reference)) for reference in (SCRIPT, MIXTURE, MODEL))
     extra = given.arguments_for(load(method.extra)) if method.extra else None

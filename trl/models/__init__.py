@@ -1,5 +1,5 @@
 """Models: loading, scoring, value heads, references. `from trl.models import NAME` finds the public names of `trl`."""
 
-from trl.compat import names_for
+from trl.compat.names import names_for
 
 __getattr__ = names_for("trl.models")

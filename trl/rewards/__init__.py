@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trl.compat import missing
+from trl.compat.names import missing
 from trl.lazy import load, modules_of
 
 _MODULE_OF = modules_of(__file__)

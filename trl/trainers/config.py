@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from trl.compat import OPTIONS, advice_on, asks_for_nothing
+from trl.compat.options import OPTIONS, advice_on, asks_for_nothing
 from trl.errors import ConfigError
 from trl.noise import say_once
 from trl.ops.products import has_bfloat16

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from trl.compat import asks_for_nothing, remedy
+from trl.compat.options import asks_for_nothing, remedy
 from trl.errors import ConfigError
 from trl.option_types import settable
 from trl.trainers.config import TrainerConfig

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from trl.compat import SAMPLER
+from trl.compat.hooks import SAMPLER
 from trl.data.encode import EncodeSettings
 from trl.errors import ConfigError, EngineError
 from trl.models.score import unwrap

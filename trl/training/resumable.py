@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl.compat import ATTRIBUTES, HOOKS, reject_unused, reject_unused_overrides
+from trl.compat.hooks import ATTRIBUTES, HOOKS, reject_unused, reject_unused_overrides
 from trl.data.examples import Endless
 from trl.models.files import follow_umask
 from trl.models.reference import Reference

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import IntervalStrategy
 
-from trl.compat import SWEEP
+from trl.compat.advice import SWEEP
 from trl.errors import ConfigError
 from trl.ops.reduce import WEIGHTS
 from trl.training.collectives import all_gather_object

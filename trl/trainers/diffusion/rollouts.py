@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trl.algorithms.advantages import combine_rewards, group_std
-from trl.compat import SAMPLER
+from trl.compat.hooks import SAMPLER
 from trl.data.examples import columns_of
 from trl.diffusion.rollouts import IN_TRAINING, PictureRollouts, Row, seed_of, split_pictures
 from trl.diffusion.solvers import Schedule
