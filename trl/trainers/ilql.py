@@ -19,9 +19,7 @@ from typing import Any, ClassVar, Literal, Unpack
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.ilql import ILQL, ILQLOptions
 from trl.data.encode import EncodeSettings, encode_dataset
@@ -230,25 +228,18 @@ class ILQLTrainer(ValueHeadTrainer):
         params = {f"@beta={beta:g}": args.sampling_params(beta=beta, seed=args.seed) for beta in args.betas}
         return SampledEvaluation(rows.to_list(), params, make_rewards(reward_funcs), n=args.num_generations_eval)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self.sampled_evaluation is not None:
-            found = self.sampled_evaluation(
-                LocalEngine(self.model_wrapped, self.tokenizer, progress=False),
-                self.tokenizer,
-                rank=self.args.process_index,
-                world=self.args.world_size,
-                gather=lambda own: all_gather_object(own, self.accelerator),
-            )
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()})
-        return output
+    def _eval_metrics(self, prefix: str) -> dict[str, float]:
+        metrics = super()._eval_metrics(prefix)
+        if self.sampled_evaluation is None:
+            return metrics
+        found = self.sampled_evaluation(
+            LocalEngine(self.model_wrapped, self.tokenizer, progress=False),
+            self.tokenizer,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+            gather=lambda own: all_gather_object(own, self.accelerator),
+        )
+        return metrics | found.metrics
 
 
 @dataclass(frozen=True)

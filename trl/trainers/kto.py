@@ -22,8 +22,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
 from trl.algorithms.kto import KTO, KTOOptions, RewardShift, kl_estimate, recommended_weights, with_margin
 from trl.algorithms.pairs import by_preference
@@ -201,19 +199,8 @@ class KTOTrainer(PreferenceTrainer):
     def _train_metrics(self) -> dict[str, float]:
         return with_margin(super()._train_metrics())
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        plain = {name.removeprefix(f"{metric_key_prefix}_"): value for name, value in output.metrics.items()}
-        if "rewards/margins" in (found := with_margin(plain)):
-            output.metrics[f"{metric_key_prefix}_rewards/margins"] = found["rewards/margins"]
-        return output
+    def _eval_metrics(self, prefix: str) -> dict[str, float]:
+        return with_margin(super()._eval_metrics(prefix))
 
 
 @dataclass

@@ -266,20 +266,15 @@ class RolloutTrainer(BaseTrainer):
         if "loss" in logs:
             self.rollout_logs["train"].write(self.state.global_step)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self.sampler.samplings["eval"] = 0
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _eval_metrics(self, prefix: str) -> dict[str, float]:
         log = self.rollout_logs["eval"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in log.take_logged().items()})
-        log.write(self.state.global_step, metric_key_prefix)
-        return output
+        metrics = super()._eval_metrics(prefix) | log.take_logged()
+        log.write(self.state.global_step, prefix)
+        return metrics
 
     def generate_completions(self) -> None:
         """Evaluate, and show the completions with their rewards, as with log_completions; for scripts of other releases."""

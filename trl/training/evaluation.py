@@ -140,6 +140,10 @@ class EvaluatingTrainer(StepTrainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        found = self.meters["eval"].read(self._gather, self.args.device)
+        found = self._eval_metrics(metric_key_prefix)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
+
+    def _eval_metrics(self, prefix: str) -> dict[str, float]:
+        """The metrics of the evaluation that has just ended, by name without its `prefix`. Subclasses add theirs."""
+        return self.meters["eval"].read(self._gather, self.args.device)
