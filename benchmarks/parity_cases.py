@@ -235,8 +235,8 @@ def one_reward() -> dict[str, Any]:
 
 LENGTHS = {"max_completion_length": 8}
 GROUPS = {"num_generations": 4, "per_device_train_batch_size": 2 * BATCH, **LENGTHS}
-TRIPLETS = {"batch_size": 2 * BATCH, "mini_batch_size": BATCH // 2, "ppo_epochs": 2, "horizon": 50}
-LOOP = {**TRIPLETS, "mini_batch_size": BATCH, "per_device_train_batch_size": 2 * BATCH, **LENGTHS}
+TRIPLETS = {"batch_size": 2 * BATCH, "ppo_epochs": 2, "horizon": 50}
+LOOP = {**TRIPLETS, "per_device_train_batch_size": 2 * BATCH, **LENGTHS}
 
 MAIN = {
     "sft": Case("SFTTrainer", rows=completions),
