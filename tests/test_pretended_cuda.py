@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 
 from tests.pretended_cuda import DeviceError, pretended_cuda, recording
@@ -167,3 +168,19 @@ def test_a_step_of_ppo_on_it(device, make_model, tokenizer):
     trainer = PPOTrainer(config, with_value_head(make_model("llama")), tokenizer=tokenizer)
     statistics = trainer.step(queries, responses, rewards)
     assert statistics["objective/kl"] == pytest.approx(0, abs=1e-2)
+
+
+def test_only_tensors_on_the_device_are_gathered(device, tokenizer, make_model, monkeypatch):
+    """NCCL takes no others. The second process does the same as the first."""
+    from trl.models.value_heads.auto_models import with_value_head
+
+    def gather(self, x):
+        assert x.is_cuda
+        return torch.cat([x, x])
+
+    queries, responses, rewards = TRIPLETS
+    trainer = PPOTrainer(PPOConfig(batch_size=len(queries)), with_value_head(make_model("llama")), tokenizer=tokenizer)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "gather", gather)
+    statistics = trainer.step(queries, responses, rewards)
+    assert statistics["ppo/mean_scores"] == pytest.approx(sum(map(float, rewards)) / len(rewards))

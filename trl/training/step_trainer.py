@@ -429,9 +429,7 @@ class StepTrainer(ResumableTrainer):
         """Make a decision of a callback on one process, such as to stop, that of all processes."""
         if not self._agrees:
             return
-        own = torch.tensor(
-            [[getattr(self.control, name) for name in DECISIONS]], dtype=torch.int, device=self.args.device
-        )
+        own = torch.tensor([[getattr(self.control, name) for name in DECISIONS]], dtype=torch.int)
         for name, anywhere in zip(DECISIONS, self._gather(own).any(0).tolist(), strict=True):
             setattr(self.control, name, anywhere)
 
@@ -439,12 +437,15 @@ class StepTrainer(ResumableTrainer):
         """The maximum of `count` over processes: all have to do the same number of forward passes."""
         if self.accelerator.num_processes == 1:
             return count
-        return int(self._gather(torch.tensor([count], device=self.args.device)).max())
+        return int(self._gather(torch.tensor([count])).max())
 
     def _gather(self, row: Tensor) -> Tensor:
-        return self.accelerator.gather(row) if self.accelerator.num_processes > 1 else row
+        """The rows of all processes, from a row on any device: NCCL takes only tensors on the process's own device."""
+        if self.accelerator.num_processes == 1:
+            return row
+        return self.accelerator.gather(row.to(self.args.device))
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return values.cpu()
-        return self._gather(values[None].to(self.args.device)).sum(0).cpu()
+        return self._gather(values[None]).sum(0).cpu()
