@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
-from tests.pretended_cuda import DeviceError, pretended_cuda, recording
+from tests.pretended_cuda import GIB, DeviceError, pretended_cuda, recording
 from tests.trainers.ppo_support import TRIPLETS
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 from trl.errors import ConfigError
@@ -15,6 +15,8 @@ from trl.models.varlen import VARLEN
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.sampling import SamplingParams
+from trl.rollouts.vllm import VLLMEngine
+from trl.trainers.activation_plan import ActivationPlan
 from trl.trainers.ppo.trainer import PPOConfig, PPOTrainer
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
@@ -184,3 +186,32 @@ def test_only_tensors_on_the_device_are_gathered(device, tokenizer, make_model, 
     monkeypatch.setattr(Accelerator, "gather", gather)
     statistics = trainer.step(queries, responses, rewards)
     assert statistics["ppo/mean_scores"] == pytest.approx(sum(map(float, rewards)) / len(rewards))
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_memory_of_vllm_in_process_is_planned_for(device, make_model, tokenizer, tmp_path, monkeypatch, sleeps):
+    """vLLM starts after the plan of activations. Asleep, it leaves the device to training, but not to what graphs hold."""
+    monkeypatch.setattr("trl.rollouts.vllm.require", lambda *_, **__: None)
+    engine = VLLMEngine(tokenizer, gpu_memory_utilization=0.5, enable_sleep_mode=sleeps)
+    args = GRPOConfig(str(tmp_path), per_device_train_batch_size=8, report_to="none")
+    rows = Dataset.from_dict({"prompt": ["cat on", "dog on"] * 8})
+    trainer = GRPOTrainer(
+        make_model("llama"),
+        lambda completions: [0.0] * len(completions),
+        args,
+        rows,
+        processing_class=tokenizer,
+        engine=engine,
+    )
+    assert trainer._free_bytes() == (70 if sleeps else 30) * GIB
+    trainer.activation_plan = ActivationPlan(2, 0, 40 * GIB, 70 * GIB)
+    assert trainer.captures_by_default() == (not sleeps)
+
+
+def test_all_processes_plan_for_the_device_with_the_least_memory(device, make_model, tokenizer, tmp_path, monkeypatch):
+    args = SFTConfig(str(tmp_path), report_to="none")
+    rows = Dataset.from_dict({"text": ["cat on mat"] * 8})
+    trainer = SFTTrainer(make_model("llama"), args, train_dataset=rows, processing_class=tokenizer)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "gather", lambda self, x: torch.cat([x, x - 20 * GIB]))
+    assert trainer._free_everywhere() == 50 * GIB

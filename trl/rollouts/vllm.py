@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import distributed, nn
 
 from trl.errors import ConfigError, DataError, EngineError
@@ -156,8 +157,14 @@ class VLLMEngine(RolloutEngine):
 
     def _wake(self) -> None:
         if self._asleep:
+            torch.cuda.empty_cache()  # vLLM takes its memory past torch's allocator, which may hold all of it unused
             self.llm.wake_up()
             self._asleep = False
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the current device that vLLM takes while it is awake."""
+        return int(self.options["gpu_memory_utilization"] * torch.cuda.mem_get_info()[1])
 
     @property
     def _context(self) -> int:

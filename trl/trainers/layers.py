@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -139,7 +140,7 @@ class RunsLayers(EvaluatingTrainer):
         if self.activation_plan is not None or not self.plans_activations():
             return
         try:
-            plan = plan_activations(self, self._free_bytes())
+            plan = plan_activations(self, self._free_everywhere())
             logger.info("%s", plan)
         except RuntimeError as error:  # such as running out of memory while measuring
             plan = ActivationPlan.of_all(unwrap(self.model))
@@ -162,6 +163,10 @@ class RunsLayers(EvaluatingTrainer):
 
     def _free_bytes(self) -> int:
         return free_bytes(self.args.device)
+
+    def _free_everywhere(self) -> int:
+        """The free bytes of the device that has the fewest, so that all processes make the same plan."""
+        return int(self._gather(torch.tensor([self._free_bytes()])).min())
 
     def _is_on_cuda(self) -> bool:
         return self.args.device.type == "cuda"

@@ -30,6 +30,7 @@ from trl.rollouts.engine import RolloutEngine
 from trl.rollouts.experience import Group
 from trl.rollouts.local import LocalEngine
 from trl.rollouts.prompts import Prompts
+from trl.rollouts.vllm import VLLMEngine
 from trl.trainers.arguments import Rows
 from trl.trainers.base import BaseTrainer
 from trl.trainers.online_config import OnlineConfig
@@ -146,9 +147,18 @@ class RolloutTrainer(BaseTrainer):
         """Whether enough device memory is left for sampling beside the gradients and activations that CUDA graphs hold on to."""
         if self.activation_plan is None:
             return False
-        samples = isinstance(self.engine, LocalEngine)
-        sampling = sampling_bytes(self.args, unwrap(self.model), self.train_dataset) if samples else 0
+        sampling = 0
+        if isinstance(self.engine, LocalEngine):
+            sampling = sampling_bytes(self.args, unwrap(self.model), self.train_dataset)
+        elif isinstance(self.engine, VLLMEngine) and self.engine.sleeps:
+            sampling = self.engine.device_bytes
         return self.activation_plan.leaves(sampling)
+
+    def _free_bytes(self) -> int:
+        """The free bytes of the device, without those that vLLM in this process takes later, and keeps during training."""
+        engine = self.engine
+        later = isinstance(engine, VLLMEngine) and engine.llm is None and not engine.sleeps
+        return super()._free_bytes() - (engine.device_bytes if later else 0)
 
     # ---- prompts ----
 
