@@ -28,6 +28,7 @@ from trl import (
     OnlineDPOTrainer,
     RewardConfig,
     RewardTrainer,
+    RFTConfig,
     SFTConfig,
     SFTTrainer,
 )
@@ -43,6 +44,7 @@ from trl.trainers.activation_plan import (
     trained_bytes,
 )
 from trl.trainers.heaviest import row_positions, shortened
+from trl.trainers.out_of_memory import remedies
 from trl.trainers.sampling_memory import sampling_bytes
 from trl.types import Completion, Example
 
@@ -342,13 +344,53 @@ def test_bytes_of_sampling_by_hand(make_model, device, weights, bf16, cache_widt
     """6 completions of at most 5 + 7 tokens, in 2 layers of 2 heads of 8 numbers."""
     model = make_model("llama", num_hidden_layers=2, num_key_value_heads=2).to(weights)
     args = SimpleNamespace(
-        max_completion_length=7, per_device_train_batch_size=2, gradient_accumulation_steps=3, bf16=bf16, fp16=False,
+        max_completion_length=7, prompts_per_rollout_batch=3, num_generations=2, bf16=bf16, fp16=False,
         device=torch.device(device),
     )  # fmt: skip
     cache = cache_width * 2 * 2 * (2 * 8) * 6 * (5 + 7)
     drawn = 3 * 4 * 6 * WIDTHS["vocab_size"]
     copied = sum(2 * p.numel() for name, p in model.named_parameters() if "norm" not in name) if is_copied else 0
     assert sampling_bytes(args, model, [{"prompt_ids": [1] * n} for n in (3, 5, 4)]) == cache + copied + drawn
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "count"),
+    [
+        (GRPOConfig, {"gradient_accumulation_steps": 3}, 24),
+        (GRPOConfig, {"steps_per_generation": 5}, 40),
+        (OnlineDPOConfig, {"num_generations": 2}, 16),
+        (RFTConfig, {"num_prompts": 7}, 28),
+    ],
+)
+def test_sampling_counts_all_completions_of_a_rollout_batch(make_model, tmp_path, config, options, count):
+    common = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 7, "use_cpu": True}
+    model = make_model("llama")
+    found, one = (
+        sampling_bytes(args, model, [{"prompt_ids": [1] * 5}])
+        for args in (config(str(tmp_path), **{**common, **options}), SimpleNamespace(**ONE_COMPLETION))
+    )
+    assert found == count * one
+
+
+def test_sampling_holds_no_more_tokens_than_the_engine(make_model):
+    model, rows = make_model("llama"), [{"prompt_ids": [1] * 1000}]
+    some, many = (
+        sampling_bytes(
+            SimpleNamespace(**ONE_COMPLETION | {"num_generations": n, "max_completion_length": 1000}), model, rows
+        )
+        for n in (65, 6500)
+    )
+    assert some == many
+
+
+ONE_COMPLETION = {
+    "prompts_per_rollout_batch": 1,
+    "num_generations": 1,
+    "max_completion_length": 7,
+    "bf16": False,
+    "fp16": False,
+    "device": torch.device("cpu"),
+}
 
 
 def test_running_out_of_memory_says_what_to_change(make_model, tokenizer, tmp_path, monkeypatch):
@@ -367,3 +409,21 @@ def test_running_out_of_memory_says_what_to_change(make_model, tokenizer, tmp_pa
         for name in ("optim='adamw_8bit'", "peft_config"):
             assert name in note
         assert ("gradient_checkpointing=True" in note) == (trainer.activation_plan.recomputed < 2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [
+        ({}, {"generation_batch_size"}),
+        ({"use_vllm": True, "vllm_mode": "server"}, set()),
+        ({"use_vllm": True, "vllm_mode": "colocate"}, {"vllm_enable_sleep_mode", "vllm_gpu_memory_utilization"}),
+    ],
+)
+def test_remedies_fit_what_samples(engine, named):
+    options = {"use_vllm": False, "vllm_gpu_memory_utilization": 0.3, "vllm_enable_sleep_mode": False, **engine}
+    args = SimpleNamespace(
+        num_generations=4, cuda_graphs=False, optim="adamw_8bit", device=torch.device("cuda"), **options
+    )
+    note = remedies(args, positions=8, is_adapter=True, keeps_activations=False)
+    options = ("generation_batch_size", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization")
+    assert {name for name in options if name in note} == named

@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 
 Way = Literal["paged", "shared", "repeated", "generate"]
 
+TOKENS_ALIVE = 65_536
+"""Most tokens in the KV cache, by default."""
+
 
 class LocalEngine(RolloutEngine):
     """A `RolloutEngine` that samples from `model` with its current weights, adapters included.
@@ -75,7 +78,7 @@ class LocalEngine(RolloutEngine):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        max_tokens_alive: int = 65_536,
+        max_tokens_alive: int = TOKENS_ALIVE,
         progress: bool = True,
         static: bool | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ def remedies(args: TrainerConfig, *, positions: int, is_adapter: bool, keeps_act
     less = f"max_tokens_per_micro_batch={positions // 2}" if positions else "max_tokens_per_micro_batch"
     found = [f"{less}: the same step in smaller forward passes"]
     if "num_generations" in vars(args):
-        found.append("a smaller generation_batch_size: a smaller KV cache while sampling")
+        found += _for_sampling(args)
     if args.cuda_graphs is not False and args.device.type == "cuda":
         found.append("cuda_graphs=False: gradients are freed between steps")
     if keeps_activations:
@@ -23,3 +23,18 @@ def remedies(args: TrainerConfig, *, positions: int, is_adapter: bool, keeps_act
     if not is_adapter:
         found.append("peft_config=LoraConfig(): no gradients and no optimizer states of the model itself")
     return "To reduce memory, cheapest first:\n" + "\n".join(f"  {words}." for words in found)
+
+
+def _for_sampling(args: TrainerConfig) -> list[str]:
+    """Remedies for the memory of whatever samples on this device."""
+    options = vars(args)
+    if not options.get("use_vllm"):
+        return ["a smaller generation_batch_size: a smaller KV cache while sampling"]
+    if options["vllm_mode"] == "server":
+        return []
+    found = [
+        f"vllm_gpu_memory_utilization below {options['vllm_gpu_memory_utilization']:g}: a smaller KV cache of vLLM"
+    ]
+    if not options["vllm_enable_sleep_mode"]:
+        found.insert(0, "vllm_enable_sleep_mode=True: vLLM leaves the device to training between rollout batches")
+    return found

@@ -1,6 +1,6 @@
 """Device memory that the LocalEngine needs for sampling, besides the model's weights:
 
-KV cache             of every prompt and completion of a rollout batch
+KV cache             of the prompts and completions of a rollout batch, at most `TOKENS_ALIVE` tokens at a time
 half-precision copy  of float32 weights, if they are rounded for sampling: see `trl.models.half_weights`
 sampling             logits, probabilities and cumulative sums for one token of every completion
 """
@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from trl.models.memory import cache_bytes
+from trl.rollouts.local import TOKENS_ALIVE
 from trl.trainers.heaviest import row_positions
 from trl.trainers.online_config import OnlineConfig
 
@@ -26,14 +27,15 @@ def sampling_bytes(args: OnlineConfig, model: PreTrainedModel, rows: Dataset | S
 
     `rows` are the encoded prompts; the longest one counts.
     """
-    prompts = int(row_positions(rows).max())
-    tokens = prompts + (args.max_completion_length or 512)
-    count = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    limit = args.max_completion_length or 512
+    tokens = int(row_positions(rows).max()) + limit
+    count = args.prompts_per_rollout_batch * args.num_generations
+    held, together = min(count * tokens, max(tokens, TOKENS_ALIVE)), min(count, max(1, TOKENS_ALIVE // limit))
     width = next(model.parameters()).element_size()
     is_rounded = rounds_weights(args) and width > 2
-    cache = cache_bytes(model.config, sequences=count, tokens=tokens, bytes_per_number=2 if is_rounded else width)
+    cache = cache_bytes(model.config, sequences=1, tokens=held, bytes_per_number=2 if is_rounded else width)
     rounded = sum(2 * p.numel() for p in model.parameters() if p.dim() > 1) if is_rounded else 0
-    return cache + rounded + DRAWN_FROM * 4 * count * model.config.get_text_config(decoder=True).vocab_size
+    return cache + rounded + DRAWN_FROM * 4 * together * model.config.get_text_config(decoder=True).vocab_size
 
 
 def rounds_weights(args: OnlineConfig) -> bool:
