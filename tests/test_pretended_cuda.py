@@ -1,6 +1,7 @@
 """The device of `pretended_cuda.py` refuses what CUDA refuses, and trainers run on it, with the numbers of a CPU."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from datasets import Dataset
 from tests.pretended_cuda import GIB, DeviceError, pretended_cuda, recording
 from tests.trainers.ppo_support import TRIPLETS
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.cli.estimate import MemoryEstimate, with_sampling
 from trl.errors import ConfigError
+from trl.models.memory import ACTIVATIONS, PARTS
 from trl.models.varlen import VARLEN
 from trl.rollouts.engine import Prompt
 from trl.rollouts.local import LocalEngine
@@ -206,6 +209,21 @@ def test_memory_of_vllm_in_process_is_planned_for(device, make_model, tokenizer,
     assert trainer._free_bytes() == (70 if sleeps else 30) * GIB
     trainer.activation_plan = ActivationPlan(2, 0, 40 * GIB, 70 * GIB)
     assert trainer.captures_by_default() == (not sleeps)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"vllm_mode": "server"}, 60),
+        ({"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.25}, 60 + 0.25 * 80),
+        ({"vllm_mode": "colocate", "vllm_enable_sleep_mode": True}, 60),  # asleep while there are activations
+    ],
+)
+def test_an_estimate_counts_vllm_where_it_runs(device, make_model, tmp_path, options, size):
+    args = GRPOConfig(str(tmp_path), use_vllm=True, report_to="none", **options)
+    estimate = MemoryEstimate(dict.fromkeys(PARTS, 0) | {ACTIVATIONS: 60 * GIB}, "cuda")
+    trainer = SimpleNamespace(args=args, model=make_model("llama"), train_dataset=[])
+    assert with_sampling(estimate, trainer).total == size * GIB
 
 
 def test_all_processes_plan_for_the_device_with_the_least_memory(device, make_model, tokenizer, tmp_path, monkeypatch):

@@ -117,7 +117,10 @@ def planned(
     kept, recomputed = estimate(trainer), estimate(second)
     there = sum(kept.parts[part] for part in (WEIGHTS, REFERENCE, LIBRARIES))
     saved = [(kept.total - recomputed.total) / layers] * layers
-    plan = ActivationPlan.of(kept=kept.total - there, saved=saved, free=(kept.available or 0) - there)
+    args = trainer.args
+    stays = isinstance(args, OnlineConfig) and args.use_vllm and not args.vllm_enable_sleep_mode
+    free = (kept.available or 0) - there - (vllm_bytes(args) if stays else 0)
+    plan = ActivationPlan.of(kept=kept.total - there, saved=saved, free=free)
     share = plan.recomputed / plan.layers
     names = {**kept.parts, **recomputed.parts}
     sizes = ((name, kept.parts.get(name, 0), recomputed.parts.get(name, 0)) for name in names)
@@ -209,20 +212,28 @@ def _divided(estimate: MemoryEstimate, sharding: str | None, processes: int, mod
 
 
 def with_sampling(estimate: MemoryEstimate, trainer: BaseTrainer) -> MemoryEstimate:
-    """The estimate with the KV cache of a trainer that samples.
+    """The estimate with the KV cache of a trainer that samples, or with all that vLLM takes in its process.
 
     CUDA graphs keep the memory of a training step while sampling, so the cache is added to it. Without them, sampling
-    and training take turns, and the larger of the two counts.
+    and training take turns, and the larger of the two counts. vLLM takes no turns, unless it sleeps.
     """
-    if not isinstance(trainer.args, OnlineConfig):
+    args, parts, inner = trainer.args, estimate.parts, unwrap(trainer.model)
+    if not isinstance(args, OnlineConfig):
         return estimate
-    parts, inner = estimate.parts, unwrap(trainer.model)
-    cache = sampling_bytes(trainer.args, inner, trainer.train_dataset)
-    if not captures(inner, 0):
+    cache = vllm_bytes(args) if args.use_vllm else sampling_bytes(args, inner, trainer.train_dataset)
+    stays = args.use_vllm and not args.vllm_enable_sleep_mode
+    if not stays and not captures(inner, 0):
         if cache <= parts.get(ACTIVATIONS, 0) + parts[GRADIENTS]:
             return estimate
         parts = {**parts, ACTIVATIONS: 0, GRADIENTS: 0}
     return replace(estimate, parts={**parts, CACHE: cache})
+
+
+def vllm_bytes(args: OnlineConfig) -> int:
+    """Bytes that vLLM takes in the trainer's process; 0 on servers."""
+    if args.vllm_mode == "server" or args.device.type != "cuda":
+        return 0
+    return int(args.vllm_gpu_memory_utilization * torch.cuda.mem_get_info(args.device)[1])
 
 
 def libraries_bytes(device: torch.device) -> int:

@@ -157,7 +157,7 @@ class VLLMEngine(RolloutEngine):
 
     def _wake(self) -> None:
         if self._asleep:
-            torch.cuda.empty_cache()  # vLLM takes its memory past torch's allocator, which may hold all of it unused
+            torch.cuda.empty_cache()  # vLLM maps memory past torch's allocator, and not all releases do this first
             self.llm.wake_up()
             self._asleep = False
 
