@@ -233,3 +233,17 @@ def test_all_processes_plan_for_the_device_with_the_least_memory(device, make_mo
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(Accelerator, "gather", lambda self, x: torch.cat([x, x - 20 * GIB]))
     assert trainer._free_everywhere() == 50 * GIB
+
+
+def test_float16_weights_are_not_trained_with_scaled_gradients(device, make_model, tokenizer, tmp_path):
+    from trl.models.value_heads.auto_models import with_value_head
+
+    queries, responses, rewards = TRIPLETS
+    args = SFTConfig(str(tmp_path), report_to="none", fp16=True, max_steps=1)
+    rows = Dataset.from_dict({"text": ["cat on mat"] * 8})
+    model = make_model("llama").half()
+    with pytest.raises(ConfigError, match=r"fp16=True.*embed_tokens"):
+        SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
+    step = PPOTrainer(PPOConfig(batch_size=len(queries), fp16=True), with_value_head(model), tokenizer=tokenizer).step
+    with pytest.raises(ConfigError, match=r"fp16=True.*embed_tokens"):
+        step(queries, responses, rewards)

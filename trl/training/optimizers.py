@@ -70,3 +70,14 @@ def warn_of_rounded_steps(model: nn.Module, learning_rate: float) -> None:
         f"are rounded away, and those of Adam are about learning_rate={learning_rate:g}. Load the model in float32 "
         "(dtype='float32'; bf16=True still computes in bfloat16), or train an adapter."
     )
+
+
+def check_unscaled(model: nn.Module) -> None:
+    """Raises ConfigError for trained weights in float16, whose gradients torch's gradient scaler does not unscale."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if names:
+        raise ConfigError(
+            f"fp16=True scales gradients up, which needs trained weights in float32, but {len(names)} are in float16: "
+            f"{listed(names, SHOWN)}. Load the model in float32 (dtype='float32'; fp16=True still computes in float16), or "
+            "train an adapter."
+        )

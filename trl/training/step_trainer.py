@@ -45,6 +45,7 @@ from trl.training.nonfinite import (
     nonfinite_error,
     propagate_nonfinite,
 )
+from trl.training.optimizers import check_unscaled
 from trl.training.parallel import (
     accumulating,
     backward,
@@ -299,6 +300,8 @@ class StepTrainer(ResumableTrainer):
             )
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.accelerator.scaler is not None:
+            check_unscaled(self.model)
         self._agrees = self.accelerator.num_processes > 1 and self._has_own_callbacks()
         with explain_waits(self.args, lambda: self.state.global_step):  # a function, as the loop replaces the state
             output = super()._inner_training_loop(*args, **kwargs)

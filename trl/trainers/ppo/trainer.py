@@ -58,6 +58,7 @@ from trl.trainers.reference import reference_for, sync_callbacks
 from trl.trainers.tracking import log_table, start_tracker
 from trl.trainers.value_head import ValueHeadTrainer
 from trl.training.nonfinite import NonFiniteError
+from trl.training.optimizers import check_unscaled
 from trl.types import Batch, Example, Experience, Metrics
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -361,6 +362,8 @@ class PPOTrainer(ValueHeadTrainer, PPOAttributes, OnlineTrainer):
                 vars(self.args).get("activation_checkpointing_kwargs") or self.args.gradient_checkpointing_kwargs or {}
             )
             checkpoint_activations(self.model, {"use_reentrant": False, **given})
+        if self.accelerator.scaler is not None:
+            check_unscaled(self.model)
         if self.optimizer is None:
             self.optimizer = self._adam()
         if self.is_deepspeed_enabled:  # DeepSpeed clips gradients itself
