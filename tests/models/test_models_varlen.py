@@ -139,8 +139,10 @@ def test_a_model_whose_numbers_differ_is_left_as_it_was(make_model, monkeypatch,
 def test_what_the_call_cannot_do_is_an_error():
     one = torch.zeros(1, 2, 3, 8)
     spans = Spans(torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32), None, 3, 3)
-    with pytest.raises(ModelError, match="soft-cap"):
-        attend(torch.nn.Identity(), one, one, one, None, spans=spans, softcap=5.0)
+    asked = {"softcap": 5.0, "dropout": 0.1, "s_aux": torch.zeros(2), "position_bias": torch.zeros(1, 2, 3, 3)}
+    for (name, value), words in zip(asked.items(), ("soft-cap", "dropout", "sinks", "position bias"), strict=True):
+        with pytest.raises(ModelError, match=words):
+            attend(torch.nn.Identity(), one, one, one, None, spans=spans, **{name: value})
     with pytest.raises(ModelError, match="keyword spans.*attn_implementation"):
         attend(torch.nn.Identity(), one, one, one, no_mask(one.device))
 

@@ -38,6 +38,10 @@ VARLEN = "varlen"
 """Name under which this attention implementation is registered in `transformers`."""
 
 
+OTHERS = {"s_aux": "sinks", "position_bias": "a position bias"}
+"""Keywords of attention in `transformers` that change its result, and that the kernel does not have."""
+
+
 def has_varlen(model: PreTrainedModel) -> bool:
     """Whether `model` can be switched to `varlen`: it needs PyTorch ≥ 2.11, a model on CUDA, and `sdpa` attention."""
     is_sdpa = model.config._attn_implementation in ("sdpa", VARLEN) and model._supports_attention_backend
@@ -88,10 +92,15 @@ def attend(
             )
         given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "dropout": dropout}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given, **kwargs)
-    if softcap is not None or dropout:
+    asked = {
+        "soft-capping": softcap,
+        "dropout": dropout or None,
+        **{words: kwargs.get(n) for n, words in OTHERS.items()},
+    }
+    if found := [words for words, value in asked.items() if value is not None]:
         raise ModelError(
-            f"{type(module).__name__} has soft-capping or dropout in its attention, which variable-length attention does "
-            "not support: set attn_implementation, for example to 'eager'."
+            f"{type(module).__name__} has {found[0]} in its attention, which variable-length attention does not support: set "
+            "attn_implementation, for example to 'eager'."
         )
     rows, _, length, _ = query.shape
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
