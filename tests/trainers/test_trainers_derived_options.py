@@ -8,6 +8,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from transformers import SchedulerType
 
 from trl import CPOConfig, GRPOConfig, PPOConfig, SFTConfig
@@ -39,6 +40,70 @@ def test_so_are_options_that_are_set_later(tmp_path):
     made = resolved(args)
     assert (made.loss_aggregation, made.of_the_script) == ("sequence", 3)
     assert (args.loss_aggregation, resolved(made).changed()) == ("token", {})
+
+
+def made_by_a_script(**fields):
+    """A class with fields of its own, whose code runs once for each object: the constructor takes no options."""
+
+    @dataclasses.dataclass
+    class Own(SFTConfig):
+        lr: dataclasses.InitVar[float] = 0.5
+        total: int = dataclasses.field(init=False, default=3)
+        stamp: object = dataclasses.field(default_factory=object)
+
+        def __init__(self, folder, lr):
+            self.lr, self.stamp = lr, object()
+            super().__init__(folder, learning_rate=0.9, **CPU)
+            self.learning_rate = lr
+
+        def __post_init__(self, *_):
+            self.output_dir = f"{self.output_dir}/run"
+            super().__post_init__()
+
+    return Own(**fields)
+
+
+def test_classes_of_scripts_are_not_constructed_again(tmp_path):
+    args = made_by_a_script(folder=str(tmp_path), lr=0.5)
+    args.total = 4
+    made = resolved(args, eval_strategy="steps")
+    assert (made.learning_rate, made.total, made.stamp) == (0.5, 4, args.stamp)
+    assert (made.output_dir, made.eval_steps) == (f"{tmp_path}/run", 10)
+    assert resolved(args, learning_rate=0.1).learning_rate == 0.1
+
+
+def test_options_of_classes_of_scripts_follow_from_others(tmp_path):
+    class Own(GRPOConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self.loss_type, self.weights = "dr_grpo", torch.ones(3)
+
+    args = Own(str(tmp_path), **CPU)
+    args.weights = torch.zeros(3)
+    made = resolved(args)
+    assert (made.loss_aggregation, made.weights) == ("constant", args.weights)
+
+
+def test_mappings_that_are_changed_in_place(tmp_path):
+    args = SFTConfig(str(tmp_path), model_init_kwargs='{"dtype": "float32"}', **CPU)
+    args.model_init_kwargs["use_cache"] = False
+    assert resolved(args, max_steps=3).model_init_kwargs == {"dtype": "float32", "use_cache": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "later", "sizes"),
+    [
+        ({"mini_batch_size": 4}, {"per_device_train_batch_size": 2}, (8, 2)),
+        ({"forward_batch_size": 4}, {"mini_batch_size": 2}, (8, 2)),
+        ({"mini_batch_size": 4, "steps_per_generation": 2}, {"batch_size": 16}, (16, 4)),
+    ],
+)
+def test_the_latest_of_several_names(given, later, sizes):
+    args = PPOConfig(**{"batch_size": 8, **given}, **CPU)
+    for name, value in later.items():
+        setattr(args, name, value)
+    made = resolved(args)
+    assert (made.batch_size, made.mini_batch_size) == sizes
 
 
 def test_sizes_of_ppo_under_all_their_names():

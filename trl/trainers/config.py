@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, wraps
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -66,18 +68,61 @@ TEMPLATES = (".jinja", ".j2")
 """File extensions of chat templates."""
 
 
+def is_own(cls: type) -> bool:
+    """Whether a class of configurations is one of this package, not one that a script derives from it."""
+    return cls.__module__.startswith("trl.")
+
+
+def _remembering(post_init: Callable[..., None]) -> Callable[..., None]:
+    """A `__post_init__` that remembers the options as they were given, and what was made of them: see `trl.trainers.options`."""
+
+    @wraps(post_init)
+    def remembering(config: TrainerConfig, *init_vars: Any) -> None:
+        own = vars(config)
+        is_outermost = "_given" not in own or "_made" in own
+        if is_outermost:
+            own.pop("_made", None)
+            names = _init_vars_of(config.package_class())
+            own["_given"] = config.options_now() | dict(zip(names, init_vars, strict=True))
+        post_init(config, *init_vars)
+        if is_outermost:
+            own["_made"] = _copied(own)
+
+    return remembering
+
+
+@cache
+def _names_of(cls: type) -> tuple[str, ...]:
+    """The names of the options that the constructor of a configuration takes."""
+    return tuple(field.name for field in settable(cls) if field.init)
+
+
+@cache
+def _init_vars_of(cls: type) -> tuple[str, ...]:
+    """The names of the options that `__post_init__` gets as arguments."""
+    stored = {field.name for field in fields(cls)}
+    return tuple(field.name for field in settable(cls) if field.name not in stored)
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a dict and of the dicts and lists in it, which a script may change in place."""
+    return {name: copy.copy(value) if isinstance(value, dict | list) else value for name, value in values.items()}
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Whether two values are equal; False for those that compare entry by entry, as tensors do."""
+    return value is other or (value == other) is True
+
+
 class _ConfigMeta(OptionNames):
     """Accepts older names of options, and documents a configuration by the docstrings of its fields."""
 
     if not TYPE_CHECKING:
 
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            """A configuration that remembers its arguments: see `TrainerConfig.remember`."""
-            made = super().__call__(*args, **kwargs)
-            made.remember(
-                {**dict(zip([*inspect.signature(cls).parameters], args, strict=False)), **cls.translated(kwargs)}
-            )
-            return made
+        def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> None:
+            super().__init__(name, bases, namespace, **kwargs)
+            if is_own(cls) and "__post_init__" in namespace:
+                cls.__post_init__ = _remembering(namespace["__post_init__"])
 
         @property
         def __doc__(cls) -> str:
@@ -112,6 +157,8 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
     """Options that all trainers share, on top of `transformers.TrainingArguments`."""
 
     ALIASES: ClassVar[dict[str, str]] = ALIASES
+    EXCLUSIVE: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Options that stand for each other: one that is set later takes the place of the others."""
     smooths_labels: ClassVar[bool] = False
     """Whether the trainer's loss reads `label_smoothing_factor`."""
 
@@ -289,16 +336,24 @@ class TrainerConfig(TrainingArguments, Options, metaclass=_ConfigMeta):
             if OTHER_NAMES[name] in self.__dataclass_fields__:
                 super().__setattr__(OTHER_NAMES[name], value)
 
-    def remember(self, given: Mapping[str, Any]) -> None:
-        """Remember the arguments of the constructor, and the values that it made of them and of the defaults."""
-        vars(self)["_given"] = dict(given)
-        vars(self)["_made"] = {field.name: getattr(self, field.name) for field in settable(type(self))}
+    @classmethod
+    def package_class(cls) -> type[TrainerConfig]:
+        """The class itself, or the class of this package that a script derived it from."""
+        return next(base for base in cls.__mro__ if issubclass(base, TrainerConfig) and is_own(base))
+
+    def options_now(self) -> dict[str, Any]:
+        """The values of all options that this package has."""
+        return _copied({name: getattr(self, name) for name in _names_of(self.package_class())})
 
     def changed(self) -> dict[str, Any]:
-        """The options that were set after the configuration was made, except by the planner of gradient checkpointing."""
-        made, planned = vars(self).get("_made", {}), OTHER_NAMES if self.plans_checkpointing else ()
-        now = {field.name: getattr(self, field.name) for field in settable(type(self)) if field.name not in planned}
-        return {name: value for name, value in now.items() if name not in made or value != made[name]}
+        """The options that were set after the configuration was made, except by the planner of gradient checkpointing.
+
+        Those that the `__init__` and `__post_init__` of a script's class set last are among them.
+        """
+        made, planned = vars(self).get("_made", vars(self)), OTHER_NAMES if self.plans_checkpointing else ()
+        names = [name for name in _names_of(self.package_class()) if name not in planned]
+        now = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in now.items() if name in made and not is_same(value, made[name])}
 
     def check_values(self) -> None:
         """Raises ConfigError for values that are invalid or out of range, and for files that do not exist.

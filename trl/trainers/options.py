@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from trl.compat.options import asks_for_nothing, remedy
 from trl.errors import ConfigError
 from trl.option_types import settable
-from trl.trainers.config import TrainerConfig
+from trl.trainers.config import TrainerConfig, is_same
 
 
 def resolve_args(
@@ -40,20 +40,30 @@ def resolve_args(
 def with_options(args: TrainerConfig, options: Mapping[str, Any]) -> TrainerConfig:
     """A copy of `args` with other `options`.
 
-    If an option is new, or was set after `args` was made, the copy is made anew of all that was given, so that options which
-    follow from others (the averaging from `loss_type`, say) follow from the new ones.
+    What follows from others (the averaging from `loss_type`, say) follows from the new ones: a configuration is made anew of all
+    that was given, and the copy takes what differs in it. The code and fields of a script's class are left alone.
     """
-    options = {**args.changed(), **options}
+    copied, options = copy.copy(args), {**args.changed(), **options}
     if not options:
-        return copy.copy(args)
-    given = {**vars(args).get("_given", {}), **options}
-    made = type(args).__new__(type(args))
-    vars(made)["_said"] = vars(args).get("_said", set())
-    made.__init__(**given)
-    made.remember(given)
-    own = {name: value for name, value in vars(args).items() if name not in vars(made)}
-    vars(made).update(own)
-    return made
+        return copied
+    before = vars(args)
+    anew = _made_anew(args, options)
+    made = {name: value for name, value in vars(anew).items() if not is_same(value, before.get("_made", {}).get(name))}
+    for name, value in {**options, **made}.items():
+        object.__setattr__(copied, name, value)
+    return copied
+
+
+def _made_anew(args: TrainerConfig, options: Mapping[str, Any]) -> TrainerConfig:
+    """The configuration that the class of this package makes of what `args` was given and other `options`."""
+    cls = args.package_class()
+    known = {name: value for name, value in options.items() if name in cls.__dataclass_fields__}
+    others = {other for names in cls.EXCLUSIVE for other in names if known.keys() & {*names}} - known.keys()
+    given = {name: value for name, value in vars(args).get("_given", args.options_now()).items() if name not in others}
+    anew = cls.__new__(cls)
+    vars(anew)["_said"] = vars(args).get("_said", set())
+    anew.__init__(**given | known)
+    return anew
 
 
 def _shared_options(config_class: type[TrainerConfig], args: TrainingArguments) -> dict[str, Any]:

@@ -26,6 +26,7 @@ SAME = (("mini_batch_size", "forward_batch_size", "per_device_train_batch_size")
 class PPOConfig(PPOOptions, OnlineConfig):
     """Options of `PPOTrainer`."""
 
+    EXCLUSIVE: ClassVar[tuple[tuple[str, ...], ...]] = (*SAME, ("batch_size", "steps_per_generation"))
     ALIASES: ClassVar[dict[str, str]] = {
         **OnlineConfig.ALIASES,
         "kl_coef": "init_kl_coef",
