@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 
@@ -630,6 +631,11 @@ def test_a_collator_of_tokens_is_not_for_pairs_or_labels(make_model, tmp_path, t
         made(trainer, make_model("llama"), rows, tmp_path, given=given).train()
 
 
+class Masking(DataCollatorForSeq2Seq):
+    def __call__(self, *arguments, **others):
+        return super().__call__(*arguments, **others)
+
+
 def test_a_collator_of_an_encoder_decoder_is_padding_alone(make_model, tmp_path):
     rows = Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 4]], "labels": [[7, 2], [9, 2]]})
     found = {}
@@ -640,6 +646,8 @@ def test_a_collator_of_an_encoder_decoder_is_padding_alone(make_model, tmp_path)
     assert found["none"][0].prompt == [5, 6, 7]
     with pytest.raises(ConfigError, match="data_collator is a function, but batches for an encoder-decoder"):
         made(SFTTrainer, make_model("t5"), rows, tmp_path, given={"data_collator": lambda rows: rows})
+    with pytest.raises(ConfigError, match="data_collator is a Masking, but batches for an encoder-decoder"):
+        made(SFTTrainer, make_model("t5"), rows, tmp_path, given={"data_collator": Masking(make_tokenizer())})
 
 
 def stacked(rows):
@@ -666,16 +674,37 @@ def test_options_of_offline_trainers_are_read_and_not_set(make_model, tmp_path):
         run._metrics["train"]["loss"].append(1.0)
 
 
-def test_a_trainer_with_a_loss_of_its_own_has_options_of_its_own(make_model, tmp_path):
-    class Mine(DPOTrainer):
-        def __init__(self, *arguments, beta, **others):
+class OwnComputeLoss(DPOTrainer):
+    def compute_loss(self, *arguments, **others):
+        return super().compute_loss(*arguments, **others)
+
+
+class OwnLoss(DPOTrainer):
+    def loss(self, model, batch):
+        return super().loss(model, batch)
+
+
+@pytest.mark.parametrize("trainer", [OwnLoss, OwnComputeLoss, DPOTrainer])
+def test_a_trainer_with_a_loss_of_its_own_has_options_and_a_reference_of_its_own(make_model, tmp_path, trainer):
+    run = made(trainer, make_model("llama"), PAIRS, tmp_path)
+    if trainer is DPOTrainer:
+        run.compute_loss = functools.partial(run.compute_loss)
+    run.beta, run.ref_model = 7.0, torch.nn.Identity()
+    assert (run.beta, type(run.ref_model)) == (7.0, torch.nn.Identity)
+
+
+def test_constructors_of_scripts_may_have_any_signature(make_model, tmp_path):
+    class Partial(SFTTrainer):
+        __init__ = functools.partialmethod(SFTTrainer.__init__, processing_class=make_tokenizer())
+
+    class Typed(SFTTrainer):
+        def __init__(self, *arguments, **others: Unpack[OfScripts]):  # noqa: F821
             super().__init__(*arguments, **others)
-            self.beta = beta
 
-        def loss(self, model, batch):
-            return super().loss(model, batch)
-
-    assert made(Mine, make_model("llama"), PAIRS, tmp_path, given={"beta": 7.0}).beta == 7.0
+    for trainer in (Partial, Typed):
+        args = SFTConfig(str(tmp_path), use_cpu=True, report_to="none")
+        given = {} if trainer is Partial else {"processing_class": make_tokenizer()}
+        assert trainer(make_model("llama"), args, train_dataset=TEXTS, **given).train_dataset
 
 
 FORMATS = {
@@ -713,3 +742,7 @@ def test_a_loss_of_a_model_that_is_not_used_is_said(make_model, tmp_path, caplog
     made(SFTTrainer, model, TEXTS, tmp_path)
     for name in ("forward", "loss_function"):
         assert f"Mine.{name} is of your own: a loss that it computes is not used" in caplog.text
+    caplog.clear()
+    Mine.forward.__module__, model.loss_function.__module__ = "unsloth_compiled_module_llama", "transformers.loss"
+    made(SFTTrainer, model, TEXTS, tmp_path)
+    assert "of your own" not in caplog.text

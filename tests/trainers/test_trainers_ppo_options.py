@@ -354,6 +354,11 @@ def test_the_kl_coefficient_is_read_and_set_by_its_older_name(make_ppo):
 def test_attributes_of_other_releases(make_ppo, tmp_path):
     trainer = make_ppo()
     assert (trainer.is_encoder_decoder, trainer.is_peft_model) == (False, False)
+    trainer.is_peft_model = False
+    with pytest.raises(ConfigError, match=r"PPOTrainer\.is_peft_model is False and cannot be set to True"):
+        trainer.is_peft_model = True
+    with pytest.raises(ConfigError, match=r"PPOTrainer\.kl_ctl is .* Set `kl_ctl\.value`"):
+        trainer.kl_ctl = 0.5
     trainer._save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
 

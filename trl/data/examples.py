@@ -103,8 +103,13 @@ def check_collator(data_collator: Callable | None, *, encoder_decoder: bool) -> 
 
     Raises ConfigError for other collators of encoder-decoders: their batches do not tell prompts from completions.
     """
-    if not encoder_decoder or data_collator is None or isinstance(data_collator, DataCollatorForSeq2Seq):
-        return None if encoder_decoder else data_collator
+    if not encoder_decoder or data_collator is None:
+        return data_collator
+    if (
+        isinstance(data_collator, DataCollatorForSeq2Seq)
+        and type(data_collator).__call__ is DataCollatorForSeq2Seq.__call__
+    ):
+        return None
     raise ConfigError(
         f"data_collator is a {type(data_collator).__name__}, but batches for an encoder-decoder are made by the trainer: leave it "
         "out. Rows with input_ids and labels need none."

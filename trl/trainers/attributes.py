@@ -25,6 +25,11 @@ SAMPLING = (
 )
 
 
+def has_own_loss(trainer: Any) -> bool:
+    """Whether a script overrides the loss of a trainer, in its class or on the object."""
+    return any(not str(getattr(trainer, name).__module__).startswith("trl.") for name in ("loss", "compute_loss"))
+
+
 class Option:
     """An option of the configuration, under its own name or as `option`; where it is None, the option `otherwise`.
 
@@ -94,10 +99,33 @@ class LossOption(Option):
     """An option that a trainer with a loss of its own may set to a value of its own, which that loss reads."""
 
     def __set__(self, trainer: Any, value: Any) -> None:
-        if type(trainer).loss.__module__.startswith("trl."):
-            super().__set__(trainer, value)
-        else:
+        if has_own_loss(trainer):
             vars(trainer)[self.name] = value
+        else:
+            super().__set__(trainer, value)
+
+
+class Fact:
+    """A property that a script may set to the value that it has. Raises ConfigError, with `advice`, for another one."""
+
+    def __init__(self, advice: str = "") -> None:
+        self.advice = advice
+
+    def __call__(self, read: Callable[[Any], Any]) -> Fact:
+        self.read, self.__doc__ = read, read.__doc__
+        return self
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        return self if trainer is None else self.read(trainer)
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        if value != self.read(trainer):
+            raise ConfigError(
+                f"{type(trainer).__name__}.{self.name} is {self.read(trainer)!r} and cannot be set to {value!r}.{self.advice}"
+            )
 
 
 class OfflineAttributes:
@@ -138,16 +166,16 @@ class OnlineAttributes:
     sampler: Any
     rewards: Sequence[Reward]
 
-    beta = Option()
+    beta = LossOption()
     chat_template_kwargs = Option()
-    entropy_coef = Option()
-    epsilon_high = Option(otherwise="epsilon")
-    epsilon_low = Option("epsilon")
+    entropy_coef = LossOption()
+    epsilon_high = LossOption(otherwise="epsilon")
+    epsilon_low = LossOption("epsilon")
     generation_kwargs = Option()
-    importance_sampling_level = Option()
+    importance_sampling_level = LossOption()
     log_completions = Option()
     log_unique_prompts = Option()
-    loss_type = Option()
+    loss_type = LossOption()
     mask_truncated_completions = Option()
     max_completion_length = Option()
     max_prompt_length = Option()
@@ -157,16 +185,16 @@ class OnlineAttributes:
     num_generations = Option()
     num_generations_eval = Option(otherwise="num_generations")
     num_iterations = Option()
-    off_policy_mask_threshold = Option()
+    off_policy_mask_threshold = LossOption()
     pad_to_multiple_of = Option()
     repetition_penalty = Option()
     scale_rewards = Option()
     shuffle_dataset = Option()
     temperature = Option()
-    top_entropy_quantile = Option()
+    top_entropy_quantile = LossOption()
     top_k = Option()
     top_p = Option()
-    use_adaptive_entropy = Option()
+    use_adaptive_entropy = LossOption()
     use_vllm = Option()
     vllm_gpu_memory_utilization = Option()
     vllm_mode = Option()

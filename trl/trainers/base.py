@@ -71,6 +71,7 @@ from trl.models.sharding import ready_for_fsdp2
 from trl.models.value_heads.storage import without_copies
 from trl.noise import without_noise, without_warnings
 from trl.trainers.arguments import ClassicOptions, EvalRows, Rows, list_keywords
+from trl.trainers.attributes import has_own_loss
 from trl.trainers.config import TrainerConfig
 from trl.trainers.heaviest import row_positions
 from trl.trainers.layers import RunsLayers
@@ -118,7 +119,7 @@ class BaseTrainer(WritesModelCard, RunsLayers):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" in vars(cls):
+        if "__init__" in vars(cls) and cls.__module__.startswith("trl."):
             list_keywords(vars(cls)["__init__"])
 
     def __init__(
@@ -435,12 +436,16 @@ class BaseTrainer(WritesModelCard, RunsLayers):
             return super()._loss_alone(item, batch)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises ConfigError for a reference that is set after construction, and warns of rows set during training: neither is read."""
+        """Raises ConfigError for a reference that is set after construction, and warns of rows set during training: neither is read.
+
+        A loss of a script's own may read a reference that the script sets.
+        """
         if name == "train_dataset" and vars(self).get("is_in_train"):
             logger.warning(
                 "train_dataset was replaced during training, which goes on with the rows that it began with."
             )
-        if name == "ref_model" and value is not None and "reference" in vars(self) and value is not self.ref_model:
+        is_replaced = name == "ref_model" and "reference" in vars(self) and value not in (None, self.ref_model)
+        if is_replaced and not has_own_loss(self):
             raise ConfigError(
                 f"{type(self).__name__}.ref_model cannot be set: the reference is prepared when the trainer is constructed. Give it "
                 "to a new trainer."

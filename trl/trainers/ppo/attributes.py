@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from trl.algorithms.ppo import PPO
 from trl.models.score import unwrap
+from trl.trainers.attributes import Fact
 
 
 class KLControl:
@@ -49,20 +50,20 @@ class PPOAttributes:
     algorithm: PPO
     model: Any
 
-    @property
+    @Fact()
     def current_device(self) -> torch.device:
         return self.accelerator.device
 
-    @property
+    @Fact()
     def is_encoder_decoder(self) -> bool:
         return unwrap(self.model).config.is_encoder_decoder
 
-    @property
+    @Fact()
     def is_peft_model(self) -> bool:
         """Whether the model has adapters."""
         return self.model.is_peft_model
 
-    @property
+    @Fact(" Set `kl_ctl.value`, or `adap_kl_ctrl`, `init_kl_coef`, `target` and `horizon` of PPOConfig.")
     def kl_ctl(self) -> KLControl:
         """The coefficient of the KL penalty, to be read and set."""
         return KLControl(lambda: self.algorithm)
