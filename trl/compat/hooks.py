@@ -66,4 +66,4 @@ def reject_unused(cls: type, name: str, hooks: Mapping[str, str]) -> None:
 def _is_of_a_script(found: Any) -> bool:
     """Whether a class or function was written outside of `trl` and `transformers`; False for anything else."""
     is_code = isinstance(found, type | FunctionType | MethodType)
-    return is_code and not found.__module__.startswith(("transformers.", "trl."))
+    return is_code and not str(found.__module__).startswith(("transformers.", "trl."))

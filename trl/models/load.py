@@ -279,12 +279,11 @@ def warn_of_own_loss(model: torch.nn.Module) -> None:
 
 
 def _is_of_a_script(function: Callable) -> bool:
-    """Whether a function is neither of an installed package nor of code that came with a model."""
+    """Whether a function is neither of a package nor of code that came with a model, or that unsloth writes for it."""
     package, _, _ = function.__module__.partition(".")
     file = getattr(sys.modules.get(function.__module__), "__file__", None) or ""
-    return package not in ("transformers_modules", "trl") and not {"site-packages", "dist-packages"} & {
-        *Path(file).parts
-    }
+    is_known = package.startswith(("transformers", "trl", "peft", "unsloth"))
+    return not is_known and not {"site-packages", "dist-packages"} & {*Path(file).parts}
 
 
 def _dtype(name: Any) -> torch.dtype:
