@@ -145,6 +145,9 @@ def test_the_option_to_resume_is_read_by_train(make_model, tokenizer, tmp_path):
     resumed.train()
     assert [log["step"] for log in resumed.state.log_history if "loss" in log] == [1, 2]
     assert resumed._globalstep_last_logged == 2
+    before = resumed.state.log_history[0]["loss"]
+    resumed.train()
+    assert resumed.state.log_history[0]["loss"] != before  # of a first step on trained weights, not of the checkpoint
     options["resume_from_checkpoint"] = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="resume_from_checkpoint=.*nowhere"):
         trainer_of(make_model("llama"), tokenizer, tmp_path, **options).train()

@@ -111,10 +111,10 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`. True resumes from the newest complete checkpoint; so does "last", or starts if there is none.
 
-        None is the option `resume_from_checkpoint`.
+        In the first call, None is the option `resume_from_checkpoint`.
         """
         self._warn_of_kept_options()
-        if resume_from_checkpoint is None:
+        if resume_from_checkpoint is None and not self.state.global_step:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         with only_run_in(self.args.output_dir), steady_streams():
             check_rows_alike(all_gather_object(describe_rows(self.train_dataset), self.accelerator))
