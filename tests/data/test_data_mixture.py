@@ -183,6 +183,7 @@ def test_rows_set_aside(tmp_path, size, expected):
         ({"dataset_name": "broken.jsonl"}, "Dataset 'broken.jsonl' cannot be read as rows: "),
         ({"dataset_name": ["train.jsonl", "others.jsonl"]}, "some of its files have the columns .*, and others do not"),
         ({"dataset_train_split": "tran"}, r"has no split 'tran'. Did you mean 'train'\? Its splits: train."),
+        ({"dataset_test_split": "dev"}, "has no split 'dev'. Its splits: train."),
         ({"dataset_train_split": "train[2]"}, r"split='train\[2\]' is not a slice: write name\[start:end\]"),
         ({"dataset_train_split": "train[a:]"}, "is not a slice"),
         ({"dataset_train_split": "train[:50%]", "dataset_streaming": True}, "Give numbers of rows"),

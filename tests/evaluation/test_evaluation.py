@@ -240,6 +240,21 @@ def test_the_perplexity_of_a_model_that_knows_nothing(home, monkeypatch, capsys)
     assert "{" not in capsys.readouterr().out
 
 
+def test_a_split_that_is_named_is_the_one_that_is_measured(home, capsys):
+    (home / "parts").mkdir()
+    for split, count in (("train", 5), ("validation", 3)):
+        (home / "parts" / f"{split}.jsonl").write_text('{"text": "Two hours by train."}\n' * count)
+    words = ["eval", "--model_name_or_path", "ours", "--dataset_name", "parts", "--perplexity", "--dataset_split"]
+    for split, count in (("validation", 3), ("train[:2]", 2)):
+        assert main([*words, split]) == 0
+        assert json.loads((home / "evaluation" / "eval.json").read_text())["tokens"] == count * len(
+            "Two hours by train."
+        )
+    assert "using its rows" not in capsys.readouterr().out
+    assert main([*words, "dev"]) == 2
+    assert "'dev'. Its splits: train, validation." in capsys.readouterr().err
+
+
 def test_its_own_options_stand_first_in_its_help(capsys):
     assert main(["eval", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -141,11 +141,16 @@ def datasets_of(run: Run) -> tuple[Any, Any]:
         splits = load_dataset_argument(run.script)
         train, test = run.script.dataset_train_split, run.script.dataset_test_split
     if run.training.eval_strategy == "no":
+        if not run.mixture.datasets and test != ScriptArguments.dataset_test_split:
+            logger.warning(
+                f"Nothing is evaluated on dataset_test_split={test!r}: give --eval_strategy epoch, or steps."
+            )
         return splits[train], None
     if test not in splits:
         raise DataError(
             f"eval_strategy={run.training.eval_strategy.value!r} needs rows to evaluate on, but the dataset has no split "
-            f"{test!r}: name one with --dataset_test_split, or hold out rows of a mixture with --test_split_size."
+            f"{test!r}: name one with --dataset_test_split, which may be a slice (train[90%:] beside --dataset_train_split "
+            "train[:90%]), or hold out rows of a mixture with --test_split_size."
         )
     return splits[train], splits[test]
 

@@ -65,7 +65,7 @@ class ScriptArguments(Options):
     """Split to train on; slices such as train[:1000] work."""
 
     dataset_test_split: str = "test"
-    """Split to evaluate on, used if `eval_strategy` is not "no"."""
+    """Split to evaluate on, or a slice of one, used if `eval_strategy` is not "no". Unless it is "test", it has to exist."""
 
     dataset_streaming: bool = False
     """Stream rows during training, instead of loading them beforehand."""
@@ -364,17 +364,18 @@ def take_columns(rows: Rows, columns: Sequence[str] | None, path: Any) -> Rows:
 
 
 def load_dataset_argument(arguments: ScriptArguments) -> Splits:
-    """Load the splits of a run: `dataset_train_split`, and `dataset_test_split` if the dataset has it.
+    """Load the splits of a run: `dataset_train_split`, and `dataset_test_split` if it was named or the dataset has it.
 
-    They keep their names. Raises ConfigError without a dataset, and DataError if the training split does not exist.
+    They keep their names. Raises ConfigError without a dataset, and DataError if a split that was named does not exist.
     """
     if not arguments.dataset_name:
         raise ConfigError("dataset_name is missing: give the hub name, folder or files of a dataset.")
     path = arguments.dataset_name
     splits = load_splits(path, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
     wanted = [arguments.dataset_train_split]
-    if arguments.dataset_test_split.partition("[")[0] in splits:
-        wanted.append(arguments.dataset_test_split)
+    test = arguments.dataset_test_split
+    if test in splits or test != ScriptArguments.dataset_test_split:
+        wanted.append(test)
     columns, rename = arguments.dataset_columns, arguments.dataset_rename
     taken = {split: take_columns(take_split(splits, split, path), columns, path) for split in wanted}
     return type(splits)({split: renamed(rows, rename, path) for split, rows in taken.items()})

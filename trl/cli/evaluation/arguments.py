@@ -19,7 +19,7 @@ class EvalArguments:
     rows that `trl sft` takes."""
 
     dataset_split: str = "test"
-    """Split of the dataset. If it has only "train", that split is used, with a message."""
+    """Split of the dataset, or a slice of one: train[:100]. "test" means "train", with a message, if that is the only split."""
 
     limit: int | None = None
     """Use only the first rows, at most this many. None: all."""

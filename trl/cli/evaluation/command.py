@@ -27,7 +27,7 @@ from trl.cli.rewards import find_reward
 from trl.cli.train import model_to_load
 from trl.data.formats import detect_kind
 from trl.data.multimodal import images_of
-from trl.data.sources import ScriptArguments, load_dataset_argument
+from trl.data.sources import load_splits, take_split
 from trl.errors import DataError
 from trl.evaluation.benchmarks import run_benchmarks
 from trl.evaluation.judges import RewardJudge, ServerJudge, plain
@@ -79,16 +79,12 @@ def evaluate(arguments: EvalArguments, given: ParsedOptions) -> dict[str, Any]:
 
 def read_rows(arguments: EvalArguments) -> Any:
     """The rows to evaluate on. Raises DataError if the split does not exist."""
-    splits = load_dataset_argument(ScriptArguments(dataset_name=arguments.dataset_name))
+    splits = load_splits(arguments.dataset_name)
     split = arguments.dataset_split
-    if split not in splits and list(splits) == ["train"]:
+    if split == EvalArguments.dataset_split and list(splits) == ["train"]:
         print("The dataset has only the split 'train': using its rows.")
         split = "train"
-    if split not in splits:
-        raise DataError(
-            f"The dataset has no split {split!r}: it has {', '.join(splits)}. Name one with --dataset_split."
-        )
-    rows = splits[split]
+    rows = take_split(splits, split, arguments.dataset_name)
     return rows if arguments.limit is None else rows.select(range(min(arguments.limit, len(rows))))
 
 
