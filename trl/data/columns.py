@@ -179,6 +179,8 @@ def _remedy(value: Any) -> str:
     """What to do about a value of the wrong type, in words."""
     if value is None:
         return " Fill it in, or remove such rows; put rows of another kind into a separate dataset."
+    if isinstance(value, int | float):
+        return " Write numbers as texts: in quotes in a .jsonl file; in Python, cast_column(column, datasets.Value('string'))."
     if isinstance(value, str | list):
         return " A column holds either texts or conversations: write all of its rows in the same form."
     return ""
