@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -21,7 +22,7 @@ from trl.cli.commands import methods
 from trl.cli.main import main
 from trl.errors import DataError
 from trl.models.value_heads.auto_models import AutoModelForCausalLMWithValueHead
-from trl.report.page import breakable, duration, short_names, shown, write_report
+from trl.report.page import breakable, duration, render_comparison, short_names, shown, write_report
 from trl.report.record import read_run
 from trl.trainers.ppo.config import PPOConfig
 from trl.trainers.ppo.trainer import PPOTrainer
@@ -395,3 +396,13 @@ def test_the_command_imports_nothing_heavy(tmp_path):
     code = f"import sys; from trl.cli.main import main; main({words}); print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.endswith("set()\n")
+
+
+def test_a_run_has_one_colour_in_all_charts_of_a_comparison(tmp_path):
+    for name, metric in (("one", {}), ("two", {"rewards/margins": 1.0})):
+        rows = [{**row, **{key: value * row["step"] for key, value in metric.items()}} for row in log(2.0, 1.0)]
+        write(tmp_path / name / "run.json", {"log_history": rows})
+    page = render_comparison({name: read_run(tmp_path / name) for name in ("one", "two")})
+    colours = set(re.findall(r'<i class="(key-\d)">(\w+)</i>', page))
+    assert sorted(name for _, name in colours) == ["one", "two"]
+    assert len({key for key, _ in colours}) == 2

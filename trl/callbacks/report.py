@@ -40,6 +40,11 @@ SHARE = 0.01
 DERIVED = {"accelerator_config", "dataloader_pin_memory", "debug", "do_eval", "output_dir"}
 """Options that the configuration sets by itself, and `output_dir`, which the page's title shows."""
 
+INCOMPLETE = (
+    "# The options of the trainer. The dataset, adapters, quantisation and rewards are not among them: add theirs.\n"
+)
+"""First line of the configuration file: the trainer was given the other parts of a run as objects."""
+
 
 class ReportCallback(TrainerCallback):
     """Writes `run.json` to the output folder during a run, and at the end the page as well.
@@ -127,12 +132,12 @@ class ReportCallback(TrainerCallback):
         }
 
     def again(self, args: TrainingArguments, model: Any) -> dict[str, str]:
-        """How to repeat the run: the `trl` command, if it was one, and a configuration file for `trl METHOD --config`."""
+        """How to repeat the run: the `trl` command, if it was one, and the beginning of a file for `trl METHOD --config`."""
         name = getattr(getattr(model, "config", None), "_name_or_path", "")
         every = args.to_dict()
         options = {option: every[option] for option in changed_options(args)}
         options = {"model_name_or_path": name, **options, "output_dir": args.output_dir}
-        made = {"config.yaml": yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)}
+        made = {"config.yaml": INCOMPLETE + yaml.safe_dump(_plain(options), sort_keys=False, allow_unicode=True)}
         program = Path(sys.argv[0])
         if program.stem == "trl" or program.parent.name == "trl":
             made = {"command": shlex.join(["trl", *sys.argv[1:]]), **made}

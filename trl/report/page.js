@@ -6,6 +6,8 @@ const colour = (name) => styles().getPropertyValue(name).trim();
 const COLOURS = 8;
 const HEIGHT = 190;
 const FEW = 12;  // Points that are drawn whatever is beside them: a line of one or two would not be seen.
+const LETTER = 7;  // Width of a digit of an axis, in pixels.
+const labels = [...new Set(data.flatMap(({ lines }) => lines.map(({ label }) => label)))];  // A label has one colour in all charts.
 const made = new Map();
 const on = (id) => document.getElementById(id)?.checked ?? false;
 
@@ -24,6 +26,9 @@ function tickLabels(ticks) {
     ticks.forEach((tick, i) => { if (tick != null) shown[i] = String(+tick.toPrecision(digits)); });
   return shown;
 }
+
+// Wide enough for the longest label; uPlot asks once before there are any.
+const axisWidth = (_, shown) => Math.max(58, 16 + LETTER * Math.max(...(shown ?? []).map((label) => label.length)));
 
 // What the legend tells: the value under the cursor, and without one the last.
 const told = (values) => {
@@ -47,7 +52,6 @@ function line({ label, smooth, values }, index, hasSmooth) {
 
 function draw(place) {
   const chart = data[place.dataset.chart];
-  const labels = [...new Set(chart.lines.map(({ label }) => label))];
   const positive = chart.lines.every(({ values }) => values.every((value) => value === null || value > 0));
   const smoothed = new Set(chart.lines.filter(({ smooth }) => smooth).map(({ label }) => label));
   const axis = { stroke: colour("--soft"), grid: { stroke: colour("--faint"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
@@ -56,7 +60,7 @@ function draw(place) {
     height: HEIGHT,
     cursor: { sync: { key: "run", setSeries: false }, focus: { prox: 1e6 } },
     scales: { x: { time: false }, y: { distr: on("log") && positive ? 3 : 1 } },
-    axes: [{ ...axis, space: 60, incrs: INCREMENTS }, { ...axis, size: 58, values: (_, ticks) => tickLabels(ticks) }],
+    axes: [{ ...axis, space: 60, incrs: INCREMENTS }, { ...axis, size: axisWidth, values: (_, ticks) => tickLabels(ticks) }],
     series: [{ label: "step", value: told(chart.steps) }, ...chart.lines.map((each) => line(each, labels.indexOf(each.label), smoothed.has(each.label)))],
   };
   made.get(place)?.destroy();

@@ -174,6 +174,7 @@ def render_page(run: RunRecord, groups: Mapping[str, Sequence[Chart]], **parts: 
         flat=[chart for chart in charts if is_flat(chart)],
         charts=Markup(as_script(drawn)),
         extremes=extremes,
+        labels=list(dict.fromkeys(series.label for chart in drawn for series in chart.series)),
         colours=COLOURS,
         style=asset("vendor/uPlot.min.css") + asset("page.css"),
         script=asset("vendor/uPlot.iife.min.js") + Markup("\n") + asset("page.js"),
