@@ -134,6 +134,17 @@ def test_what_a_row_without_images_has_in_their_column(tiny, column, none):
     assert "pixel_values" not in second.inputs
 
 
+def test_whole_conversations_are_trained_on_but_for_image_tokens(tiny):
+    columns = {"messages": [[*ASKED, *SAID]] * 2, "images": [[as_bytes(picture(1))], []]}
+    made, collate = encoded(tiny, columns, kind="language_modeling")
+    image_tokens = set(tiny.processor.image_token_ids)
+    for example in collate(list(made.dataset)):
+        (completion,) = example.completions
+        mask = [True] * len(completion.ids) if completion.mask is None else list(completion.mask)
+        assert mask == [token not in image_tokens for token in completion.ids]
+    assert any(token in image_tokens for token in made.dataset[0]["completion_ids"][0])
+
+
 def test_what_the_assistant_said_is_found_behind_images(tiny):
     columns = {"messages": [[*ASKED, *SAID]], "images": [[as_bytes(picture(1))]]}
     made, collate = encoded(tiny, columns, kind="language_modeling", assistant_only_loss=True)

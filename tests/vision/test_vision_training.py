@@ -195,7 +195,8 @@ def test_a_collator_of_ones_own_brings_images(name, tmp_path, monkeypatch):
         texts = [tiny.processor.apply_chat_template(turns(row), tokenize=False) for row in batch]
         images = [row["images"] for row in batch if row["images"]] or None
         made = tiny.processor(text=texts, images=images, return_tensors="pt", padding=True)
-        return {**made, "labels": made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)}
+        untrained = torch.isin(made["input_ids"], torch.tensor(tiny.processor.image_token_ids))
+        return {**made, "labels": made["input_ids"].masked_fill(untrained | (made["attention_mask"] == 0), -100)}
 
     losses = []
     for own in ({}, {"data_collator": collate}):

@@ -29,10 +29,11 @@ from trl.data.trees import (
     keep_sides,
     keep_whole,
     with_token_signal,
+    without,
 )
 from trl.errors import DataError, RowError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the encoding, part of the cache key: increase it when encoded rows change."""
 
 COUNTS = {
@@ -72,7 +73,8 @@ class RowEncoder:
         self.columns = [name for name in columns if name in wanted]
         self.unread = tuple(name for name in columns if name not in wanted)
         self.kept = [name for name in self.columns if name in keep - pictures]
-        self.is_masked = self._is_masked()
+        self.hides_images = self._hides_images()
+        self.is_masked = self._is_masked() or self.hides_images
         self.is_packed = is_packed
         self.has_run = False
         if is_packed and (settings.encoder_decoder or settings.token_signals or self.kept):
@@ -92,6 +94,11 @@ class RowEncoder:
         chosen_tokens = self.settings.assistant_only_loss or self.settings.token_mask is not None
         return self.kind in ("stepwise", "dialogue") or chosen_tokens
 
+    def _hides_images(self) -> bool:
+        """True for rows that are trained on as a whole, images included: nothing is to be learned from an image token."""
+        reads = self.tokenization.images is not None
+        return reads and self.kind in ("language_modeling", "tokenized") and not self._is_masked()
+
     def __call__(self, batch: Mapping[str, Sequence[Any]], rows: Sequence[int]) -> pa.Table:
         self.has_run = True
         given = Columns({n: batch[n] for n in self.columns}, rows, is_packed=self.is_packed, source=self._source())
@@ -101,6 +108,8 @@ class RowEncoder:
         if (processing := self.tokenization.images) is not None:
             columns = place_images(columns, processing, has_template=processing.processor.chat_template is not None)
         trees = ENCODERS[self.kind](columns, self.tokenization)
+        if self.hides_images:
+            trees = [without(tree, set(processing.processor.image_token_ids)) for tree in trees]
         if self.settings.token_mask is not None:
             trees = [self._masked(tree, row) for tree, row in zip(trees, rows, strict=True)]
         for name in self.settings.token_signals:

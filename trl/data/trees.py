@@ -5,7 +5,7 @@ A row is a tree of token ids: one prompt and its K completions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,11 @@ class Tree:
             masks=None if self.masks is None else cut(self.masks),
             signals={name: cut(values) for name, values in self.signals.items()},
         )
+
+
+def without(tree: Tree, tokens: Collection[int]) -> Tree:
+    """The tree with a mask of its completions that leaves out `tokens`."""
+    return replace(tree, masks=[[token not in tokens for token in ids] for ids in tree.completions])
 
 
 def keep_start(tree: Tree, max_length: int) -> Tree:
