@@ -122,11 +122,19 @@ def _run(words: Sequence[str]) -> bool:
         launch_command(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"trl: error: process {rank} ended with status {failure.exitcode}.", file=sys.stderr)
+        print(f"trl: error: process {rank} {_end(failure.exitcode)}.", file=sys.stderr)
         return True
     except subprocess.CalledProcessError:  # of the only process
         return True
     return False
+
+
+def _end(status: int) -> str:
+    """How a process ended, in words, by its exit status: a negative one is the signal that killed it."""
+    if status >= 0:
+        return f"ended with status {status}"
+    why = ", which is how systems stop a process when memory runs out" if status == -9 else ""
+    return f"was killed by signal {-status}{why}"
 
 
 @contextmanager
