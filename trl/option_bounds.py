@@ -53,6 +53,18 @@ SHARE, PROBABILITY, NOT_ZERO_SHARE = Bound(0, 1), Bound(0, 1, below=True), Bound
 
 UNBOUNDED = ("max_grad_norm", "ratio_threshold", "importance_sampling_clip_max", "delta", "target_kl", "clip_ratio")
 
+SHARES = {"warmup_ratio": "warmup_steps"}
+"""Older options that hold a share of all steps → today's, which hold a share below 1, and a number of steps from 1 on."""
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raises ConfigError for an older option whose value, a share, would be read as a number of steps today."""
+    if name in SHARES and isinstance(value, Real) and value >= 1:
+        raise ConfigError(
+            f"{name}={value:g} has to be a share of all steps, below 1: for a number of steps, give {SHARES[name]}."
+        )
+
+
 _NAMES = {
     COUNT: """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps batch_size mini_batch_size

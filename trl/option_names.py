@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.compat.options import advice_on, asks_for_nothing, refuse_outdated, remedy, said_today
 from trl.errors import ConfigError
+from trl.option_bounds import check_share
 from trl.option_types import settable
 
 
@@ -68,6 +69,7 @@ class OptionNames(type):
     def today(cls, name: str, value: Any) -> tuple[str, Any]:
         """The current name and value of an option of another release; "" for one without effect. Raises ConfigError for refused values."""
         refuse_outdated(name, value)
+        check_share(name, value)
         return said_today(name, value) or (cls.ALIASES.get(name, name), value)
 
 

@@ -408,6 +408,10 @@ def test_errors_of_data_are_messages(inside, capsys):
         "eval_strategy='steps' needs rows to evaluate on, but the dataset has no split 'test'"
         in capsys.readouterr().err
     )
+    (inside / "ratio.yaml").write_text("warmup_ratio: 3\n")
+    for given in (["--warmup-ratio", "3"], ["--config", "ratio.yaml"]):
+        assert main(["sft", *words, *given]) == 2
+        assert "warmup_ratio=3 has to be a share" in capsys.readouterr().err
     assert main(["sft", *words, "--dataset_train_split", "tran"]) == 2
     assert "no split 'tran'. Did you mean 'train'? Its splits: train." in capsys.readouterr().err
     assert main(["dpo", *words]) == 2

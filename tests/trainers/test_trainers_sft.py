@@ -73,6 +73,8 @@ def test_plain_training_arguments_and_old_option_names(make_model, tokenizer, tm
     assert trainer.args.learning_rate == 0.5
     old = SFTConfig(output_dir=str(tmp_path), max_seq_length=7, evaluation_strategy="no", warmup_ratio=0.1)
     assert (old.max_length, old.warmup_steps) == (7, 0.1)
+    with pytest.raises(ConfigError, match="warmup_ratio=3 has to be a share"):
+        SFTConfig(output_dir=str(tmp_path), warmup_ratio=3)
 
 
 def test_a_formatting_function_of_a_row_and_of_many(make_model, tokenizer, tmp_path):

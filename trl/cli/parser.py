@@ -23,6 +23,7 @@ from trl.cli.other_words import counterparts, suggest_option, tool_of
 from trl.cli.values import FALSE, NONE, TRUE, Mismatch, from_data, from_words
 from trl.compat.options import asks_for_nothing, said_today
 from trl.errors import ConfigError, TrlError, suggest, suggest_beside
+from trl.option_bounds import check_share
 from trl.option_types import settable
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class OptionParser:
             given.files += attached or self._take_many(words, name, "a YAML file")
         elif found:
             values[found] = self._value(name, self.options[found], words, attached)
+            check_share(name.replace("-", "_"), values[found])
         elif found == "":
             self._store_outdated(name.replace("-", "_"), self._outdated_value(words, attached), values, given)
         elif switch := self._negated(name):
@@ -259,7 +261,8 @@ class OptionParser:
             else:
                 try:
                     given.values[name] = self._checked(str(key), self.options[name], value)
-                except Mismatch as error:
+                    check_share(str(key), given.values[name])
+                except (Mismatch, ConfigError) as error:
                     mistakes.append(str(error))
         if (tool := tool_of(strange)) is not None:
             listed = "\n".join(counterparts(tool, strange, self.options))
