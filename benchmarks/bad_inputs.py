@@ -63,7 +63,7 @@ TRIALS = (
     Trial(f"sft {BASE} {DATA} --fp16", ("fp16", "CPU", "bf16")),
     Trial(f"sft {BASE} {DATA} --tf32", ("tf32", "leave it out")),
     Trial(f"sft {BASE} {DATA} --logging_steps 0", ("logging_steps", "0", "--logging_strategy no")),
-    Trial(f"sft {BASE} {DATA} --save_steps 0", ("save_steps", "0", "--save_strategy no")),
+    Trial(f"sft {BASE} {DATA} --warmup_ratio 3", ("warmup_ratio", "3", "warmup_steps")),
     Trial(f"sft {BASE} {DATA} --num_train_epochs -1", ("num_train_epochs", "-1")),
     Trial(f"sft {BASE} {DATA} --per_device_train_batch_size 0", ("per_device_train_batch_size", "0")),
     Trial(f"sft {BASE} {DATA} --gradient_accumulation_steps 0", ("gradient_accumulation_steps", "0")),
