@@ -70,7 +70,7 @@ TRIALS = (
     Trial(f"sft {BASE} {DATA} --loss_type nlll", ("'nlll'", "'nll'")),
     Trial(f"sft {BASE} {DATA} --optim adam", ("optim", "'adam'", "adamw")),
     Trial(f"sft {BASE} {DATA} --eval_strategy steps", ("eval_strategy", "test_split")),
-    Trial(f"sft {BASE} {DATA} --group_by_length", ("group_by_length", "train_sampling_strategy")),
+    Trial(f"sft {BASE} {DATA} --enable_jit_checkpoint", ("enable_jit_checkpoint", "leave it out")),
     Trial(f"sft {BASE} {DATA} --save_safetensors false", ("save_safetensors", "safetensors")),
     Trial(f"sft {BASE} {DATA} --report_to wandbb", ("report_to", "wandbb")),
     Trial(f"sft {BASE} {DATA} --load_in_4bit --load_in_8bit", ("load_in_4bit", "load_in_8bit", "keep one")),

@@ -84,7 +84,7 @@ def detect_kind(
     """
     present = set(columns)
     if not reads_images and (pictures := sorted(present & PICTURES)):
-        hint = "" if is_available("torchvision") else " (AutoProcessor gives it for some models with torchvision alone)"
+        hint = "" if is_available("torchvision") else " (AutoProcessor may need torchvision to return it)"
         raise DataError(
             f"The columns {pictures} hold images, which a tokenizer cannot process: pass the model's processor as "
             f"processing_class{hint}. To train on the texts alone: dataset.remove_columns({pictures})."
