@@ -53,6 +53,14 @@ def test_rows_plan_and_memory(words, folder, capsys):
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(("options", "shown"), [([], True), (["--assistant_only_loss"], False)])
+def test_conversations_that_are_trained_on_as_a_whole_are_said(options, shown, folder, capsys):
+    turns = [{"role": "user", "content": "What is 1?"}, {"role": "assistant", "content": "It is 1."}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    assert main(["check", "sft", *words_for("chats.jsonl", *options)]) == 0
+    assert ("all turns; with --assistant_only_loss" in " ".join(capsys.readouterr().out.split())) is shown
+
+
 def test_rows_beyond_the_context_of_the_model_are_counted(folder, capsys):
     from tests.conftest import MODELS
 

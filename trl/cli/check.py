@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 IMAGES_OF_ROWS = 100
 """Number of rows whose images are decoded as a test."""
+CHATS = {"messages", "conversations", "conversation"}
+"""Columns of conversations."""
+
 ROWS_READ = 1000
 """Number of rows that are encoded; lengths and counts are measured on these."""
 
@@ -141,7 +144,18 @@ def plan_of(trainer: BaseTrainer, rows: Any, sample: Any, processes: int) -> dic
         plan, per_step = _windows(args, sizes, processes, most=len(sizes) if is_whole else None)
     if budget := trainer.micro_batch_budget():
         plan["tokens per forward pass"] = f"{budget:,} at most (max_tokens_per_micro_batch)"
+    if trains_all_turns(trainer, sample):
+        plan["trained on"] = "all turns; with --assistant_only_loss, those of the assistant alone"
     return plan | _steps(args, len(sizes) / per_step, rows, sample)
+
+
+def trains_all_turns(trainer: BaseTrainer, sample: Any) -> bool:
+    """Whether conversations are trained on as a whole, which surprises people who mean to teach answers."""
+    from trl.data.examples import columns_of
+
+    options, is_chat = vars(trainer.args), CHATS & set(columns_of(sample))
+    is_whole = trainer.encoded["train"].kind == "language_modeling" and not options.get("assistant_only_loss", True)
+    return bool(is_chat and is_whole)
 
 
 def is_online(args: Any) -> bool:
