@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
@@ -31,6 +31,8 @@ def hub_options(given: Mapping[str, Any], *, of_another: bool = False) -> dict[s
 
 def is_adapter(name: str, **hub: Any) -> bool:
     """Whether a folder or a hub repository holds an adapter. `hub` are options of the download."""
+    if Path(name).is_dir():  # where older releases of `transformers` do not read `subfolder`
+        return Path(name, hub.get("subfolder", ""), CONFIG_NAME).is_file()
     return find_adapter_config_file(name, **hub) is not None
 
 
