@@ -221,6 +221,18 @@ def test_rewards_and_wins(home, capsys):
     assert "win rate" in shown
 
 
+def test_chats_are_asked_for_their_last_answer(home, capsys):
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    (home / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:3]}))
+    words = [word.replace("prompts.jsonl", "chats.jsonl") for word in COMMON]
+    assert main(["eval", *words, "--reward_funcs", "rewards.py:short"]) == 0
+    rows = [json.loads(line) for line in (home / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [turns[:3]] * 2
+    assert "without their last answers" in capsys.readouterr().out
+    assert main(["eval", *[word.replace("prompts.jsonl", "texts.jsonl") for word in COMMON]]) == 2
+    assert "a column 'prompt', or chats in a column 'messages'" in capsys.readouterr().err
+
+
 def test_a_model_ties_with_itself(home):
     assert main(["eval", *COMMON, "--reward_funcs", "rewards.py:short", "--against", "ours", "--temperature", "0"]) == 0
     assert json.loads((home / "evaluation" / "eval.json").read_text())["win rate"]["mean"] == 0.5

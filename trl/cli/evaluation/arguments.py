@@ -15,8 +15,8 @@ class EvalArguments:
     """What `trl eval` measures, on which rows, and who judges."""
 
     dataset_name: str | None = None
-    """Hub name, folder or file of rows: with a column `prompt` for samples, rewards and win rates; for perplexity, any
-    rows that `trl sft` takes."""
+    """Hub name, folder or file of rows: with a column `prompt`, or chats in `messages`, for samples, rewards and win rates; for
+    perplexity, any rows that `trl sft` takes."""
 
     dataset_split: str = "test"
     """Split of the dataset, or a slice of one: train[:100]. "test" means "train", with a message, if that is the only split."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,29 @@ def perplexity(model: Any, processor: Any, rows: Any, arguments: EvalArguments) 
         return {"perplexity": value, "tokens": trainer.encoded["eval"].report.trained}
 
 
+def with_prompts(rows: Any) -> Any:
+    """The rows with a column `prompt`: of chats, the turns before the last answer. Raises DataError for other rows."""
+    if "prompt" in rows.column_names:
+        return rows
+    if "messages" not in rows.column_names:
+        raise DataError(
+            f"Sampling needs a column 'prompt', or chats in a column 'messages', but the dataset has {rows.column_names}. To "
+            "score texts: --perplexity."
+        )
+    print("The prompts are the chats in 'messages' without their last answers.")
+    return rows.map(lambda row: {"prompt": before_answer(row["messages"])})
+
+
+def before_answer(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """A chat without the answer that it ends with, if it ends with one."""
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
 def compare_samples(
     arguments: EvalArguments, given: ParsedOptions, rows: Any, model: Any, processor: Any
 ) -> dict[str, Any]:
     """Sample completions and write them to samples.jsonl. Return their lengths, rewards and win rate."""
-    if "prompt" not in rows.column_names:
-        raise DataError(
-            f"Sampling needs a column 'prompt', but the dataset has {rows.column_names}. To score texts: --perplexity."
-        )
+    rows = with_prompts(rows)
     check_objects(arguments, rows)
     prompts = rows["prompt"][:]
     images = _images(model, processor, rows, arguments)
