@@ -76,7 +76,7 @@ def test_a_row_is_named_by_its_line(words, folder, capsys):
     (folder / "some.jsonl").write_text("\n".join(rows))
     assert main([*words, *words_for("some.jsonl")]) == 2
     shown = " ".join(capsys.readouterr().err.split())
-    assert "Row 3 (line 4 of some.jsonl), column 'text': expected a string, found NoneType None." in shown
+    assert "Row 3 (line 4 of some.jsonl), column 'text': expected a string, found None." in shown
 
 
 def test_rows_to_evaluate_on_are_looked_at_too(folder, capsys):

@@ -523,7 +523,7 @@ def test_missing_columns(plain):
 
 def test_wrong_types_name_row_and_column(plain, chatml):
     bad = {
-        "Row 2, column 'text': expected a string, found NoneType None": [{"text": "sky"}, {"text": None}],
+        "Row 2, column 'text': expected a string, found None": [{"text": "sky"}, {"text": None}],
         "Row 1, column 'prompt': expected a string, found int 3": [{"prompt": 3, "completion": "sky"}],
         "Row 2, column 'messages': the conversation is empty": [{"messages": ASK}, {"messages": []}],
         "Row 1, column 'messages': message 1: expected {\"role\"": [{"messages": [{"content": "sky"}]}],

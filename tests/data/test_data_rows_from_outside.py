@@ -28,7 +28,7 @@ def encode(rows, **settings):
         ({"input_ids": [2**70]}, "column 'input_ids': expected a list of integers, found int 1180591620717411303424"),
         (
             {"input_ids": [1, None]},
-            "column 'input_ids': expected a list of integers, found NoneType None at position 2",
+            "column 'input_ids': expected a list of integers, found None at position 2",
         ),
         ({"input_ids": [1, 1.5]}, "column 'input_ids': expected a list of integers, found float 1.5 at position 2"),
         ({"input_ids": [1, "2"]}, "column 'input_ids': expected a list of integers, found str '2' at position 2"),

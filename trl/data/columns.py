@@ -189,4 +189,6 @@ def _remedy(value: Any) -> str:
 def describe(value: Any) -> str:
     """The type of a value and its beginning, for error messages."""
     text = repr(value)
+    if value is None:
+        return text
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '…'}"

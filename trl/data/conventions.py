@@ -24,6 +24,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from trl.data.columns import describe
 from trl.data.formats import TEXT, extract_prompt, maybe_extract_prompt
 from trl.data.json_text import conversation_in
 from trl.data.messages import tidy_messages
@@ -222,7 +223,7 @@ def _text(row: Row, column: str, *, optional: bool = False) -> str:
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"column {column!r}: expected a string, found {type(value).__name__} {str(value)[:60]}.")
+        raise DataError(f"column {column!r}: expected a string, found {describe(value)}.")
     return value
 
 
@@ -295,7 +296,7 @@ def _with_system_prompt(row: Row, value: Any) -> Any:
     system, messages = _system(row), _conversation(value)
     if messages is None:
         if not isinstance(value, str):
-            raise DataError(f"expected a list of messages, found {type(value).__name__} {str(value)[:60]}.")
+            raise DataError(f"expected a list of messages, found {describe(value)}.")
         return f"{system}\n\n{value}" if system else value
     tidy = tidy_messages(messages)
     begins = bool(tidy) and isinstance(tidy[0], Mapping) and tidy[0].get("role") == "system"
