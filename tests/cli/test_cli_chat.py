@@ -302,11 +302,18 @@ def test_the_oldest_turn_is_left_out_first():
         ("example code", Command("example", "code")),
         ("set top_p=0.9", Command("set", "top_p=0.9")),
         ("set the table", None),
+        ("/etc is a folder", None),
+        ("/etc/hosts", None),
         ("", None),
     ],
 )
 def test_commands_are_told_from_messages(line, command):
     assert read_command(line) == command
+
+
+def test_an_unknown_command_is_no_message():
+    with pytest.raises(ConfigError, match=r"Unknown command '/rest'\. Did you mean '/reset'\? Known: /help"):
+        read_command("/rest")
 
 
 def test_set_changes_what_it_names():

@@ -44,16 +44,23 @@ class Command:
 
 
 def read_command(line: str) -> Command | None:
-    """Parse a line as a command; None if it is a message. "save draft" is a command, "save me from this" a message."""
-    name, _, rest = line.strip().partition(" ")
-    if name.lower() == "/image":
-        return Command("image", rest.strip())
-    name, rest = name.removeprefix("/").lower(), rest.strip()
+    """Parse a line as a command; None if it is a message. "save draft" is a command, "save me from this" a message.
+
+    Raises ConfigError for an unknown command: a single word after a slash.
+    """
+    word, _, rest = line.strip().partition(" ")
+    name, rest = word.removeprefix("/").lower(), rest.strip()
+    if word.lower() == "/image":
+        return Command("image", rest)
     if name in _ALONE and not rest:
         return Command(name)
     if name in _WITH_NAME and " " not in rest:
         return Command(name, rest)
-    return Command(name, rest) if name == "set" and (not rest or "=" in rest) else None
+    if name == "set" and (not rest or "=" in rest):
+        return Command(name, rest)
+    if word.startswith("/") and name.isalpha() and not rest:
+        raise ConfigError(unknown("command", word, [f"/{known}" for known in (*_ALONE, *_WITH_NAME, "set", "image")]))
+    return None
 
 
 def with_changes(generation: Generation, text: str) -> Generation:
@@ -111,10 +118,10 @@ class Session:
                 interrupted = True
                 self.screen.note("Ctrl-C once more, or `exit`, leaves.")
                 continue
-            command = read_command(line)
-            if command == Command("exit"):
-                return
             try:
+                command = read_command(line)
+                if command == Command("exit"):
+                    return
                 if command is None:
                     self.say(line)
                 else:
