@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kto": {"dataset_name": "labels.jsonl", "desirable_weight": 1.1},
     "ilql": {"dataset_name": "rewarded.jsonl", "beta": 1.0, "steps_for_target_q_sync": 1},
     "rft": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "num_generations": 2, "start_percentile": 0.5},
-    "ppo": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "batch_size": 4, "mini_batch_size": 2},
+    "ppo": {**SAMPLED, "reward_funcs": ["rewards.py:short"], "batch_size": 4},
     "grpo": {
         **SAMPLED,
         "reward_funcs": ["accuracy_reward", "get_length_reward(target=4)"],

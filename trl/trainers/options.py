@@ -49,8 +49,9 @@ def with_options(args: TrainerConfig, options: Mapping[str, Any]) -> TrainerConf
     before = vars(args)
     anew = _made_anew(args, options)
     made = {name: value for name, value in vars(anew).items() if not is_same(value, before.get("_made", {}).get(name))}
-    for name, value in {**options, **made}.items():
-        object.__setattr__(copied, name, value)
+    for name, value in options.items():
+        setattr(copied, name, value)
+    vars(copied).update(made)
     return copied
 
 
