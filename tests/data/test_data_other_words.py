@@ -328,5 +328,5 @@ def test_a_conversation_may_be_a_dict_of_lists():
 
 def test_an_empty_first_row_does_not_say_what_a_column_holds():
     rows = Dataset.from_list([{"messages": None}, {"messages": [ASK, SAID]}])
-    with pytest.raises(DataError, match="Row 1, column 'messages': expected a list of messages, found NoneType"):
+    with pytest.raises(DataError, match="Row 1, column 'messages': expected a list of messages, found None"):
         encode_dataset(rows, tokenizer("qwen2"))

@@ -203,7 +203,7 @@ BAD_ROWS = {
     ),
     "label is missing": (
         {"prompt": ["a", "c"], "completion": ["b", "d"], "label": [True, None]},
-        r"Row 2, column 'label': expected true \(desirable\) or false, found NoneType",
+        r"Row 2, column 'label': expected true \(desirable\) or false, found None",
     ),
     "no prompt": ({"completion": ["b"], "label": [True]}, r"unpaired_preference: prompt, completion, label"),
     "conversations": (

@@ -290,7 +290,7 @@ BAD_ROWS = {
     ),
     "score is missing": (
         {"text": ["a", "b"], "score": [0.5, None]},
-        r"Row 2, column 'score': .* found NoneType",
+        r"Row 2, column 'score': .* found None",
     ),
     "margin is text": (
         {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"], "margin": ["1"]},
