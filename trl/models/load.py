@@ -271,14 +271,14 @@ def warn_of_own_loss(model: torch.nn.Module) -> None:
     """Warn of a model whose forward or `loss_function` is of a script: a loss that it computes is not used."""
     own = {"forward": type(model).forward, "loss_function": vars(model).get("_loss_function")}
     for name, function in own.items():
-        if function is not None and _is_of_a_script(function):
+        if function is not None and _is_outside_packages(function):
             logger.warning(
                 f"{type(model).__name__}.{name} is of your own: a loss that it computes is not used, since trainers compute it from the "
                 "model's logits. For another loss override `loss(model, batch)` of the trainer."
             )
 
 
-def _is_of_a_script(function: Callable) -> bool:
+def _is_outside_packages(function: Callable) -> bool:
     """Whether a function is neither of a package nor of code that came with a model, or that unsloth writes for it."""
     package, _, _ = function.__module__.partition(".")
     file = getattr(sys.modules.get(function.__module__), "__file__", None) or ""
